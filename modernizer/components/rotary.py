@@ -124,7 +124,7 @@ class RotaryEmbedding(nn.Module):
         self, start: int, stop: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Tables ``[stop - start, head_dim / 2]`` of consecutive positions."""
-        if start < 0 or torch.compiler.is_compiling():  # compiled, the tables are fused into the rotation
+        if start < 0 or torch.compiler.is_compiling():  # a compiled graph makes its own, shared by its layers
             return self._angles(torch.arange(start, stop, device=device), head_dim, dtype)
         key = (head_dim, device, dtype)
         tables = self._tables.get(key)
@@ -141,7 +141,11 @@ class RotaryEmbedding(nn.Module):
         pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
         frequency = self.scale * self.base ** (-pair / head_dim)
         angles = positions.to(dtype).unsqueeze(-1) * frequency
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        if torch.compiler.is_compiling():
+            # Fused into the rotation, they would be computed again for every head and sequence (5 times slower).
+            return cos.as_strided(cos.shape, cos.stride()), sin.as_strided(sin.shape, sin.stride())
+        return cos, sin
 
 
 def _require_even(head_dim: int) -> None:
