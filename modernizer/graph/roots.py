@@ -1,0 +1,265 @@
+"""Where execution starts: the models that nobody constructs, the factories that construct one, and their methods."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+
+from modernizer.graph import calls, expressions, statements  # noqa: F401 - they register their handlers
+from modernizer.graph.machine import Dead, Machine, OutOfSteps
+from modernizer.graph.scope import Scope
+from modernizer.graph.values import Class, External, Frame, Function, Many, Module, Node, Value
+from modernizer.project import Project
+
+
+@dataclass(eq=False)
+class Run:
+    """One entry point executed: a method of a model, with everything left open that its caller would decide."""
+
+    module: Module
+    entry: str
+    frame: Frame | None
+    first: int  # the orders of the nodes it made
+    last: int
+    complete: bool = True
+
+
+@dataclass(eq=False)
+class Graph:
+    """Everything that was seen. `roots` are the models that runs start from."""
+
+    machine: Machine
+    roots: list[Module] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def project(self) -> Project:
+        return self.machine.project
+
+
+def execute(project: Project) -> Graph:
+    """Executes every model of the named files symbolically."""
+    machine = Machine(project)
+    graph = Graph(machine)
+    scopes = [s for path in project.named if (s := machine.scopes.get(path)) is not None]
+    classes = [c for scope in scopes for c in scope.classes() if is_module_class(c)]
+    built = _build_factories(graph, scopes, classes)
+    inner = _constructed_by_others(graph, classes)
+    for module in built:
+        _run_methods(graph, module)
+    for cls in classes:
+        if cls.node not in inner and not _ran(graph, cls):
+            _run_class(graph, cls)
+    for cls in classes:
+        if not _ran(graph, cls) and not _subclassed(cls, classes):
+            _run_class(graph, cls)
+    return graph
+
+
+def is_module_class(cls: Class) -> bool:
+    """Whether instances of a class are modules: it inherits torch's, or has a `forward` and a base from outside."""
+    if cls.torch_base():
+        return cls.torch_base().startswith("torch.nn.")
+    outside = any(isinstance(c, External) for c in cls.mro)
+    return outside and any(isinstance(c, Class) and "forward" in c.members for c in cls.mro)
+
+
+def _subclassed(cls: Class, classes: list[Class]) -> bool:
+    return any(c is not cls and any(isinstance(b, Class) and b.node is cls.node for b in c.mro) for c in classes)
+
+
+def _ran(graph: Graph, cls: Class) -> bool:
+    """Whether some method of a class other than its constructor was executed on an instance of it."""
+    return any(
+        isinstance(f.receiver, Module)
+        and f.receiver.cls is not None
+        and f.receiver.cls.node is cls.node
+        and f.function is not None
+        and f.function.name != "__init__"
+        and not _in_constructor(f)
+        for f in graph.machine.frames
+    )
+
+
+def _in_constructor(frame: Frame) -> bool:
+    return any(f.function is not None and f.function.name == "__init__" for f in frame.outward())
+
+
+def _constructed_by_others(graph: Graph, classes: list[Class]) -> set[ast.ClassDef]:
+    """The classes of which another class of the project makes instances."""
+    inner: set[ast.ClassDef] = set()
+    for cls in classes:
+        start = len(graph.machine.modules)
+        module = _construct(graph, cls)
+        for made in graph.machine.modules[start:]:
+            if made is not module and made.cls is not None and made.cls.node is not cls.node:
+                inner.add(made.cls.node)
+    for module in graph.machine.modules:
+        if module.owner is not None and module.cls is not None:
+            inner.add(module.cls.node)
+    return inner
+
+
+def _construct(graph: Graph, cls: Class) -> Module | None:
+    machine = graph.machine
+    machine.run += 1
+    machine.steps = 0
+    frame = Frame(cls.scope, run=machine.run)
+    args = _open_arguments(machine, frame, cls, "__init__", "config")
+    try:
+        made = calls.instantiate(machine, frame, cls.node, cls, [], args)
+    except Dead:
+        return None
+    except (OutOfSteps, RecursionError):
+        graph.problems.append(f"{cls.scope.path}: {cls.name}: its constructor is too large to follow")
+        return None
+    return made if isinstance(made, Module) else None
+
+
+def _open_arguments(machine: Machine, frame: Frame, cls: Class, method: str, op: str) -> dict[str, Value]:
+    owner = next((c for c in cls.mro if isinstance(c, Class) and method in c.members), None)
+    member = owner.members[method] if owner else None
+    if owner is None or not isinstance(member, ast.FunctionDef):
+        return {}
+    return open_arguments(machine, frame, member, owner.scope, op)
+
+
+def open_arguments(machine: Machine, frame: Frame, node: ast.FunctionDef, scope: Scope, op: str) -> dict[str, Value]:
+    """A value for each parameter of which nothing is known, but for those whose default is a class or function:
+    whoever calls without one gets that, and nothing else in the code says what to call."""
+    spec = node.args
+    positional = [*spec.posonlyargs, *spec.args]
+    is_static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
+    defaults = dict(zip([a.arg for a in positional[len(positional) - len(spec.defaults) :]], spec.defaults, strict=True))
+    defaults.update({a.arg: d for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None})
+    values: dict[str, Value] = {}
+    for parameter in [*(positional if is_static or op == "argument" else positional[1:]), *spec.kwonlyargs]:
+        if parameter.arg in defaults:
+            default = machine.evaluate(scope.frame, defaults[parameter.arg])
+            if isinstance(default, External | Class | Function):
+                values[parameter.arg] = default
+                continue
+        values[parameter.arg] = machine.node("input" if op == "argument" else op, (), parameter, frame, name=parameter.arg)
+    return values
+
+
+def _run_class(graph: Graph, cls: Class) -> None:
+    module = _construct(graph, cls)
+    if module is not None:
+        _run_methods(graph, module)
+
+
+def _run_methods(graph: Graph, module: Module) -> None:
+    """Runs `forward`, then each public method that none of the earlier runs reached."""
+    graph.roots.append(module)
+    if module.cls is None:
+        return
+    names: dict[str, Class] = {}
+    named = set(graph.project.named)
+    for base in module.cls.mro:
+        if isinstance(base, Class) and (base.path in named or "forward" in base.members):
+            for name, member in base.members.items():
+                if isinstance(member, ast.FunctionDef) and (name == "forward" or base.path in named):
+                    names.setdefault(name, base)
+    order = sorted(names, key=lambda n: (n != "forward", names[n].members[n].lineno))
+    reached: set[ast.AST] = set()
+    for name in order:
+        member = names[name].members[name]
+        assert isinstance(member, ast.FunctionDef)
+        if name != "forward" and (name.startswith("__") or member in reached or _bound_to_class(member)):
+            continue
+        start = len(graph.machine.frames)
+        _run_method(graph, module, names[name], name)
+        reached |= {f.function.node for f in graph.machine.frames[start:] if f.function and f.receiver is module}
+
+
+def _bound_to_class(member: ast.FunctionDef) -> bool:
+    return any(
+        (d.id if isinstance(d, ast.Name) else getattr(d, "attr", "")) in ("staticmethod", "classmethod", "property")
+        for d in member.decorator_list
+    )
+
+
+def _run_method(graph: Graph, module: Module, owner: Class, name: str) -> None:
+    machine = graph.machine
+    machine.run += 1
+    machine.steps = 0
+    member = owner.members[name]
+    assert isinstance(member, ast.FunctionDef)
+    function = Function(member, owner.scope, owner.closure, owner)
+    outer = Frame(owner.scope, run=machine.run)
+    args = open_arguments(machine, outer, member, owner.scope, "input")
+    first, frames = len(machine.nodes), len(machine.frames)
+    run = Run(module, name, None, first, first)
+    try:
+        calls.enter(machine, outer, member, function, [module], args, module)
+    except Dead:
+        pass
+    except (OutOfSteps, RecursionError):
+        run.complete = False
+        graph.problems.append(f"{owner.path}: {owner.name}.{name} is too large to follow")
+    run.frame = machine.frames[frames] if len(machine.frames) > frames else None
+    run.last = len(machine.nodes)
+    graph.runs.append(run)
+
+
+# -- factories
+
+
+def _build_factories(graph: Graph, scopes: list[Scope], classes: list[Class]) -> list[Module]:
+    """Runs the functions that put a model together from parts, and gives the models they return."""
+    names = {c.name for c in classes}
+    built: list[Module] = []
+    for scope in scopes:
+        for function in scope.functions():
+            if _constructs(function, names):
+                built.extend(_run_factory(graph, function))
+    return [module for module in built if module.owner is None and _has_parts(module)]
+
+
+def _constructs(function: Function, names: set[str]) -> bool:
+    """Whether a function calls project classes one inside another: only then does it decide how parts fit together."""
+    calls_ = [n for n in ast.walk(function.node) if isinstance(n, ast.Call)]
+    made = [c for c in calls_ if isinstance(c.func, ast.Name | ast.Attribute) and _called(c) in names]
+    return len(made) > 1 and any(
+        inner is not outer and inner in ast.walk(outer) for outer in made for inner in made
+    ) or len({_called(c) for c in made}) > 1
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+
+
+def _run_factory(graph: Graph, function: Function) -> list[Module]:
+    machine = graph.machine
+    machine.run += 1
+    machine.steps = 0
+    assert isinstance(function.node, ast.FunctionDef)
+    outer = Frame(function.scope, run=machine.run)
+    args = open_arguments(machine, outer, function.node, function.scope, "argument")
+    try:
+        result = calls.enter(machine, outer, function.node, function, [], args, None)
+    except Dead:
+        return []
+    except (OutOfSteps, RecursionError):
+        graph.problems.append(f"{function.scope.path}: {function.name} is too large to follow")
+        return []
+    return [v for v in _leaves(result) if isinstance(v, Module)]
+
+
+def _leaves(value: Value) -> list[Value]:
+    if isinstance(value, Many):
+        return [leaf for item in value.items for leaf in _leaves(item)]
+    if isinstance(value, Node) and value.op == "merge":
+        return [leaf for item in value.args for leaf in _leaves(item)]
+    return [value]
+
+
+def _has_parts(module: Module) -> bool:
+    """Whether a model was handed modules from outside: such a class says nothing when it is run on its own."""
+    frame_of = module.frame
+    return any(
+        isinstance(child, Module) and child.frame is frame_of and child.call is not module.call
+        for child in module.attributes.values()
+    )
