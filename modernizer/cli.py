@@ -1,0 +1,196 @@
+"""The command line: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from modernizer import __version__
+
+if TYPE_CHECKING:
+    from modernizer.report import Report
+    from modernizer.rule import Rule
+
+T = TypeVar("T")
+
+COLOURS = {"done": "green", "planned": "cyan", "legacy": "yellow", "refused": "magenta", "modern": "blue"}
+PATHS = click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path))
+FORMAT = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    help="Lines for people or one JSON object.",
+)
+
+
+class CommandWithRuleOptions(click.Command):
+    """A command that also takes the switches which the rules declare, such as `--keep-hidden`."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from modernizer.registry import all_options
+
+        switches = [
+            click.Option(
+                [f"--{option.name.replace('_', '-')}", f"option_{option.name}"], is_flag=True, help=option.help
+            )
+            for option in _or_exit(all_options)
+        ]
+        return [*super().get_params(ctx), *switches]
+
+
+class Modernize(click.Group):
+    """The group of all commands; what none of them expected ends with a line and exit code 2, as the others do."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if ctx.params.get("traceback"):
+                traceback.print_exc()
+            click.echo(f"error: {type(error).__name__}: {error} (this is ours to fix; --traceback says more)", err=True)
+            raise SystemExit(2) from error
+
+
+@click.group(cls=Modernize, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--traceback", is_flag=True, help="Show where errors of ours come from.")
+@click.version_option(__version__, prog_name="modernize")
+def main(traceback: bool) -> None:
+    """Upgrades legacy PyTorch transformer code, and proves what each rewrite did.
+
+    Exit codes: 0 nothing left to do or all done; 1 findings or refusals remain; 2 wrong usage or an internal error.
+    """
+
+
+@main.command(cls=CommandWithRuleOptions)
+@PATHS
+@click.option("--rule", "-r", "names", multiple=True, required=True, help="Rules to apply, a comma between them.")
+@click.option("--diff", is_flag=True, help="Show the changes and write nothing.")
+@click.option("--vendor", is_flag=True, help="Write the needed components beside the code instead of importing them.")
+@FORMAT
+def apply(paths: Sequence[Path], names: Sequence[str], diff: bool, vendor: bool, style: str, **switches: bool) -> None:
+    """Rewrite files and folders in place, or say why not."""
+    from modernizer import pipeline
+
+    rules, steps = _selected(names), list[pipeline.Step]()
+    report = pipeline.upgrade(paths, rules, _rule_options(switches), write=not diff, steps=steps)
+    _print_report(report, style, with_diff=diff)
+
+
+@main.command(cls=CommandWithRuleOptions)
+@PATHS
+@click.option("--rule", "-r", "names", multiple=True, help="Rules to look for, a comma between them; all by default.")
+@FORMAT
+def check(paths: Sequence[Path], names: Sequence[str], style: str, **switches: bool) -> None:
+    """Show what is legacy in files and folders, where, and what can be done about it."""
+    from modernizer import pipeline
+
+    _print_report(pipeline.check(paths, _selected(names), _rule_options(switches)), style, with_diff=False)
+
+
+@main.command(name="rules")
+def list_rules() -> None:
+    """List the rules, with what each promises."""
+    from modernizer.registry import all_rules
+
+    rules = _or_exit(all_rules)
+    width = max(map(len, rules), default=0)
+    for rule in rules.values():
+        click.echo(f"{rule.name:{width}}  {rule.effect.value:10}  {rule.summary}")
+
+
+@main.command()
+@click.argument("rule")
+def explain(rule: str) -> None:
+    """Show what RULE does, what it promises and when it refuses."""
+    from modernizer.registry import page
+
+    (found,) = _selected([rule])
+    click.echo(f"{found.name}: {found.summary}\n")
+    click.echo(f"effect: {found.effect.value} ({found.effect.promise})")
+    for option in found.options:
+        click.echo(f"option: --{option.name.replace('_', '-')} {option.help}")
+    if found.after:
+        click.echo(f"runs after: {', '.join(found.after)}")
+    text = page(found)
+    if not text:
+        return
+    click.echo()
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(text))
+    else:
+        click.echo(text)
+
+
+def _selected(names: Iterable[str]) -> list[Rule]:
+    from modernizer.registry import select
+
+    asked = [part.strip() for name in names for part in name.split(",")]
+    if "" in asked:
+        raise click.UsageError("--rule wants names with a comma between them")
+    return _or_exit(lambda: select(asked))
+
+
+def _rule_options(switches: Mapping[str, bool]) -> dict[str, bool]:
+    return {name.removeprefix("option_"): value for name, value in switches.items()}
+
+
+def _or_exit(load: Callable[[], T]) -> T:
+    from modernizer.registry import RegistryError
+
+    try:
+        return load()
+    except RegistryError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _print_report(report: Report, style: str, *, with_diff: bool = False) -> NoReturn:
+    """Prints the report and ends the process with its exit code. With a diff, the diff alone is on stdout."""
+    from modernizer.report import as_json, diff_lines
+
+    patch = [line for change in report.changes for line in diff_lines(change)] if with_diff else []
+    if style == "json":
+        click.echo(json.dumps({**as_json(report), "diff": "".join(patch) if with_diff else None}, indent=2))
+    else:
+        for line in patch:
+            click.echo(_coloured_diff(line), nl=False)
+        _print_lines(report, to_stderr=with_diff)
+    raise SystemExit(report.exit_code)
+
+
+def _print_lines(report: Report, *, to_stderr: bool) -> None:
+    from modernizer.report import Status, problem_line, site_lines, summary_line
+
+    for site in report.sites:
+        if report.command == "check" and site.status is Status.MODERN:
+            continue  # not a finding; the summary counts it
+        for line in site_lines(site):
+            click.echo(_coloured_site(line), err=to_stderr)
+    for remark in report.remarks:
+        click.echo(remark, err=True)
+    for problem in report.problems:
+        click.echo(click.style(problem_line(problem), fg="red"), err=True)
+        if problem.trace and click.get_current_context().find_root().params.get("traceback"):
+            click.echo(problem.trace, err=True)
+    click.echo(summary_line(report), err=to_stderr)
+
+
+def _coloured_site(line: str) -> str:
+    word, colon, rest = line.partition(":")
+    return click.style(word, fg=COLOURS[word], bold=True) + colon + rest if word in COLOURS else line
+
+
+def _coloured_diff(line: str) -> str:
+    colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[0])
+    return click.style(line, fg=colour, bold=line.startswith(("+++", "---")))
