@@ -1,4 +1,9 @@
-"""What a rule asks to be changed, as data. `modernizer.edit.apply` turns it into new text with LibCST."""
+"""What a rule asks to be changed, as data. `modernizer.apply_edits` turns it into new text with LibCST.
+
+Statements in `code` start at column 0, are indented by four spaces and end in "\\n"; they get the indentation and the
+line endings of the file. Nobody needs to add parentheses around a hole or around the whole of `code`: they are put
+where precedence asks for them.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +38,11 @@ class Insert:
 
 @dataclass(frozen=True, eq=False)
 class Delete:
-    """Removes a statement, or one element of a call, list, tuple, dict, parameter list or import.
+    """Removes a statement, or one element of a call, list, tuple, set, dict, parameter list, subscript or import.
 
-    A dict entry is named by its key, a parameter by its `ast.arg`. A block that would be empty gets `pass`.
+    Also a base class, a decorator, and one target of several. A dict entry is named by its key, a parameter by its
+    `ast.arg`. A block that would be empty gets `pass`, an import without names goes away. The comments directly above
+    a statement go with it, those a blank line apart stay.
     """
 
     path: Path
@@ -74,5 +81,9 @@ class AddImport:
 Edit = Replace | Insert | Delete | AddArgument | AddParameter | AddImport
 
 
-class EditConflict(Exception):
+class EditError(Exception):
+    """Edits that cannot be made, or whose result is not Python: the fault of a rule or of the engine, not of the user."""
+
+
+class EditConflict(EditError):
     """Two edits of one file want the same text. `str()` of it says which and where."""

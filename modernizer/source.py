@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import codecs
 import io
+import re
 import tokenize
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+_NEWLINE = re.compile(r"\r\n?|\n")
 
 
 class SourceError(Exception):
@@ -67,10 +70,18 @@ class SourceFile:
     @property
     def newline(self) -> str:
         """The line ending this file uses first, '\\n' where it has none."""
-        first = self.text.find("\n")
-        if first < 0:
-            return "\r" if "\r" in self.text else "\n"
-        return "\r\n" if self.text[first - 1 : first] == "\r" else "\n"
+        first = _NEWLINE.search(self.text)
+        return first.group() if first else "\n"
+
+    @cached_property
+    def indentation(self) -> str:
+        """One level of indentation: that of the first indented block, four spaces where there is none."""
+        for statement in self.tree.body:
+            body = getattr(statement, "body", None)
+            if isinstance(body, list) and body[0].lineno > statement.lineno:
+                start = self._line_starts[body[0].lineno - 1]
+                return self.text[start : self.offset(body[0].lineno, body[0].col_offset)]
+        return "    "
 
     @cached_property
     def tree(self) -> ast.Module:
@@ -86,18 +97,17 @@ class SourceFile:
 
     @cached_property
     def _line_starts(self) -> list[int]:
-        starts = [0]
-        for index, char in enumerate(self.text):
-            if char == "\n" or (char == "\r" and self.text[index + 1 : index + 2] != "\n"):
-                starts.append(index + 1)
-        return starts
+        return [0, *(match.end() for match in _NEWLINE.finditer(self.text))]
 
     def offset(self, line: int, byte_column: int) -> int:
         """The index into `text` of an `ast` position (1-based line, column in UTF-8 bytes)."""
         start = self._line_starts[line - 1]
-        end = self._line_starts[line] if line < len(self._line_starts) else len(self.text)
-        row = self.text[start:end]
+        row = self.text[start : self.line_end(line)]
         return start + (byte_column if row.isascii() else len(row.encode()[:byte_column].decode()))
+
+    def line_end(self, line: int) -> int:
+        """The index into `text` behind a line (1-based) and its line ending."""
+        return self._line_starts[line] if line < len(self._line_starts) else len(self.text)
 
     def span(self, node: ast.AST) -> tuple[int, int]:
         """Start and end of a node as indices into `text`. A decorated definition starts at `def` or `class`."""

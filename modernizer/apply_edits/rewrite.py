@@ -1,0 +1,393 @@
+"""Makes the edits in one region: rebuilds the nodes on the way to what changes, from the leaves up, and no others."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import libcst as cst
+
+from modernizer.apply_edits import parentheses, snippet
+from modernizer.apply_edits.blocks import Block, Piece, one_line
+from modernizer.apply_edits.elements import edit_elements, elements_of
+from modernizer.apply_edits.region import Region
+from modernizer.edit import AddArgument, AddParameter, Delete, Edit, EditConflict, EditError, Insert, Replace
+from modernizer.source import SourceFile
+
+_Value = cst.BaseExpression | Sequence[cst.SubscriptElement] | cst.BaseSlice
+
+
+class Rewriter:
+    """The edits of one region, each at the node it is about."""
+
+    def __init__(self, region: Region, edits: Sequence[Edit]) -> None:
+        self.region = region
+        self.source = region.source
+        self._replacements: dict[int, Replace] = {}
+        self._deletions: dict[int, Delete] = {}
+        self._insertions: defaultdict[int, list[Insert]] = defaultdict(list)
+        self._additions: defaultdict[int, list[AddArgument | AddParameter]] = defaultdict(list)
+        self._holes: dict[int, cst.CSTNode] = {}
+        self._dirty: set[int] = set()
+        self._targets: list[tuple[Edit, cst.CSTNode]] = []
+        self._made: set[int] = set()
+        self._alive: list[cst.CSTNode] = []  # nodes of snippets: what is looked up by id must not be collected
+        for edit in edits:
+            self._register(edit)
+
+    def rewrite(self) -> cst.Module:
+        """The region's module with all edits made; raises EditConflict where one edit does away with another."""
+        block = self._block(self.region.module.body, top_level=True)
+        for edit, target in self._targets:
+            if id(edit) not in self._made:
+                raise conflict(edit, self._blocker(target), self.source)
+        return self.region.module.with_changes(body=block.body, footer=block.footer() or self.region.module.footer)
+
+    # What is to be done where
+
+    def _register(self, edit: Edit) -> None:
+        target = self.region.find(anchor(edit))
+        match edit:
+            case Replace():
+                self._claim(target, edit)
+                self._replacements[id(target)] = edit
+            case Delete():
+                target = self._removable(target, edit)
+                self._claim(target, edit)
+                self._deletions[id(target)] = edit
+            case Insert():
+                self._insertions[id(target)].append(edit)
+            case AddArgument() | AddParameter():
+                self._additions[id(target)].append(edit)
+        self._targets.append((edit, target))
+        self._mark(target)
+
+    def _claim(self, target: cst.CSTNode, edit: Edit) -> None:
+        other = self._replacements.get(id(target)) or self._deletions.get(id(target))
+        if other is not None:
+            raise conflict(edit, other, self.source)
+
+    def _mark(self, target: cst.CSTNode) -> None:
+        node: cst.CSTNode | None = target
+        while node is not None and id(node) not in self._dirty:
+            self._dirty.add(id(node))
+            node = self.region.parent(node)
+
+    def _removable(self, target: cst.CSTNode, edit: Delete) -> cst.CSTNode:
+        """The element that goes when `target` does: an argument with its keyword, an entry with its value."""
+        if isinstance(target, cst.BaseSmallStatement | cst.BaseCompoundStatement | cst.StarredElement):
+            return target
+        node: cst.CSTNode | None = target
+        while isinstance(node, cst.BaseExpression | cst.BaseSlice | cst.Index | cst.Name):
+            node = self.region.parent(node)
+        removable = (cst.Arg, cst.Element, cst.DictElement, cst.Param, cst.ImportAlias, cst.SubscriptElement)
+        if isinstance(node, (*removable, cst.Decorator, cst.AssignTarget, cst.Del)):
+            return node
+        raise EditError(f"{self.source.location(edit.node)}: nothing that could be left out")
+
+    def _blocker(self, target: cst.CSTNode) -> Edit | None:
+        node: cst.CSTNode | None = target
+        while node is not None:
+            edit = self._replacements.get(id(node)) or self._deletions.get(id(node))
+            if edit is not None and id(edit) in self._made:
+                return edit
+            node = self.region.parent(node)
+        return None
+
+    def _is_deleted(self, node: cst.CSTNode) -> bool:
+        edit = self._deletions.get(id(node))
+        if edit is not None:
+            self._made.add(id(edit))
+        return edit is not None
+
+    # Any node
+
+    def _visit(self, node: cst.CSTNode, enclosed: bool) -> cst.CSTNode:
+        """`node` with the edits below it made, and with elements taken out and added; not replaced itself."""
+        if id(node) not in self._dirty:
+            return node
+        parts = elements_of(node)
+        doomed = [self._is_deleted(part) for part in parts]
+        additions = self._additions_to(node, enclosed)
+        changed = self._with_changed_children(node, enclosed)
+        if any(doomed) or additions:
+            changed = edit_elements(changed, doomed, additions)
+        return changed
+
+    def _with_changed_children(self, node: cst.CSTNode, enclosed: bool) -> cst.CSTNode:
+        changes: dict[str, object] = {}
+        for field in dataclasses.fields(node):  # type: ignore[arg-type]
+            value = getattr(node, field.name)
+            if isinstance(value, cst.CSTNode):
+                if id(value) in self._dirty:
+                    changes[field.name] = self._child(value, node, field.name, enclosed)
+            elif isinstance(value, list | tuple) and any(id(item) in self._dirty for item in value):
+                changes[field.name] = self._children(value, node, field.name, enclosed)
+        return node.with_changes(**changes) if changes else node
+
+    def _children(
+        self, values: Iterable[cst.CSTNode], parent: cst.CSTNode, field: str, enclosed: bool
+    ) -> list[cst.CSTNode]:
+        children: list[cst.CSTNode] = []
+        for value in values:
+            if isinstance(value, cst.Decorator | cst.AssignTarget) and self._is_deleted(value):
+                continue
+            if id(value) in self._dirty:
+                children += self._spread(self._child(value, parent, field, enclosed))
+            else:
+                children.append(value)
+        return children
+
+    def _spread(self, child: cst.CSTNode | Sequence[cst.CSTNode]) -> Sequence[cst.CSTNode]:
+        return [child] if isinstance(child, cst.CSTNode) else child
+
+    def _child(self, child: cst.CSTNode, parent: cst.CSTNode, field: str, enclosed: bool) -> cst.CSTNode:
+        match child:
+            case cst.IndentedBlock():
+                block = self._block(child.body)
+                return child.with_changes(body=block.or_pass(), footer=(*block.footer(), *child.footer))
+            case cst.SimpleStatementSuite():
+                return self._suite(child)
+            case cst.If() if field == "orelse":
+                return self._elif(child)
+            case cst.BaseExpression():
+                inside = enclosed or parentheses.opens_brackets(parent, field)
+                return self._expression(child, parent, field, inside)
+            case cst.BaseSlice() if id(child) in self._replacements:
+                return self._slice(child)
+        return self._visit(child, enclosed or parentheses.opens_brackets(parent, field))
+
+    # Expressions
+
+    def _expression(self, old: cst.BaseExpression, parent: cst.CSTNode, field: str, enclosed: bool) -> cst.CSTNode:
+        hole = self._holes.get(id(old))
+        if hole is not None:
+            assert isinstance(hole, cst.BaseExpression)
+            return self._fitted(self._hole(hole, enclosed or bool(old.lpar)), old, parent, field, enclosed)
+        edit = self._replacements.get(id(old))
+        if edit is None:
+            return self._visit(old, enclosed or bool(old.lpar))
+        new = self._replacement(old, edit, enclosed)
+        new = self._fitted(new, old, parent, field, enclosed)
+        return parentheses.wrap(new) if not new.lpar and self._touches(new, old) else new
+
+    def _replacement(self, old: cst.BaseExpression, edit: Replace, enclosed: bool) -> cst.BaseExpression:
+        self._made.add(id(edit))
+        # Parsed below a statement, so that a hole which is the whole code has a parent as well.
+        code = cst.Expr(snippet.expression(edit.code, self.source))
+        self._open_holes(code, edit)
+        if id(code.value) in self._holes and not code.value.lpar:
+            hole = self._holes[id(code.value)]
+            assert isinstance(hole, cst.BaseExpression)
+            return self._hole(hole, enclosed or bool(old.lpar))
+        return cast(cst.BaseExpression, self._visit(code.value, enclosed or bool(old.lpar)))
+
+    def _open_holes(self, code: cst.CSTNode, edit: Replace) -> None:
+        """Tells the names in `code` that stand for holes from others, and marks the way to them."""
+        self._alive.append(code)
+        holes = [self.region.find(hole) for hole in edit.holes]
+
+        def search(node: cst.CSTNode) -> bool:
+            number = snippet.hole_number(node)
+            found = number is not None
+            if number is not None:
+                if number >= len(holes):
+                    raise EditError(f"{self.source.location(edit.node)}: no hole ${number} for {edit.code!r}")
+                self._holes[id(node)] = holes[number]
+            for child in node.children:
+                found |= search(child)
+            if found:
+                self._dirty.add(id(node))
+            return found
+
+        search(code)
+
+    def _hole(self, hole: cst.BaseExpression, enclosed: bool) -> cst.BaseExpression:
+        """What has become of a hole, without the parentheses it stood in if nothing but a bracket is in them."""
+        edit = self._replacements.get(id(hole))
+        if edit is not None:
+            return self._replacement(hole, edit, enclosed)
+        new = cast(cst.BaseExpression, self._visit(hole, enclosed or bool(hole.lpar)))
+        if isinstance(new, cst.GeneratorExp):
+            return new if new.lpar else parentheses.wrap(new)
+        return new
+
+    def _fitted(
+        self, new: cst.BaseExpression, old: cst.BaseExpression, parent: cst.CSTNode, field: str, enclosed: bool
+    ) -> cst.BaseExpression:
+        """`new` in the parentheses `old` stood in, or in as few as it needs."""
+        left, right = _outer_parentheses(old)
+        bare = _without_parentheses(new)
+        if left:
+            return bare.with_changes(lpar=(*left, *bare.lpar), rpar=(*bare.rpar, *right))
+        sole = isinstance(old, cst.GeneratorExp) and not old.lpar
+        fits = parentheses.fits(bare, parent, field) or (sole and isinstance(bare, cst.GeneratorExp))
+        if fits and (enclosed or not parentheses.runs_over_lines(bare)):
+            return bare
+        return new if new.lpar else parentheses.wrap(new)
+
+    def _touches(self, new: cst.BaseExpression, old: cst.BaseExpression) -> bool:
+        """Whether `new` would grow together with a word beside it: `not(x)`, `1if(x)else 2`."""
+        if old.lpar:
+            return False
+        before, after = self.region.around(old)
+        code = self.region.module.code_for_node(new)
+        words = _joins(before, code[:1]) or _joins(code[-1:], after) or (_is_word(before) and code[:1] in "'\"")
+        return words or (before == "{" and code.startswith("{"))
+
+    def _slice(self, old: cst.BaseSlice) -> cst.CSTNode:
+        edit = self._replacements[id(old)]
+        self._made.add(id(edit))
+        elements = snippet.slices(edit.code, self.source)
+        if len(elements) != 1:
+            raise EditError(f"{self.source.location(edit.node)}: one slice cannot become several")
+        self._open_holes(elements[0], edit)
+        changed = cast(cst.SubscriptElement, self._visit(elements[0], enclosed=True))
+        return changed.slice
+
+    def _additions_to(self, node: cst.CSTNode, enclosed: bool) -> list[cst.CSTNode]:
+        new: list[cst.CSTNode] = []
+        for edit in self._additions.get(id(node), ()):
+            self._made.add(id(edit))
+            if isinstance(edit, AddParameter):
+                new.append(snippet.parameter(edit.code, self.source))
+                continue
+            argument = cst.Arg(
+                snippet.expression(edit.code, self.source),
+                keyword=cst.Name(edit.name) if edit.name else None,
+                equal=_EQUAL if edit.name else cst.MaybeSentinel.DEFAULT,
+            )
+            if not parentheses.fits(argument.value, argument, "value"):
+                argument = argument.with_changes(value=parentheses.wrap(argument.value))
+            new.append(argument)
+        return new
+
+    # Statements
+
+    def _block(self, statements: Sequence[cst.BaseStatement], top_level: bool = False) -> Block:
+        block = Block(top_level)
+        for statement in statements:
+            if id(statement) not in self._dirty:
+                block.keep(statement)
+            elif isinstance(statement, cst.SimpleStatementLine):
+                block.place(self._line(statement), statement.leading_lines)
+            else:
+                assert isinstance(statement, cst.BaseCompoundStatement)
+                block.place(self._pieces(statement), statement.leading_lines)
+        return block
+
+    def _line(self, line: cst.SimpleStatementLine | cst.SimpleStatementSuite) -> list[Piece]:
+        pieces = [piece for small in line.body for piece in self._pieces(small)]
+        return one_line(pieces, line.trailing_whitespace)
+
+    def _pieces(self, statement: cst.BaseSmallStatement | cst.BaseCompoundStatement) -> list[Piece]:
+        """What has become of one statement, between what is inserted before and after it."""
+        inserted: dict[str, list[Piece]] = {"before": [], "after": []}
+        for edit in self._insertions.get(id(statement), ()):
+            self._made.add(id(edit))
+            body, comments = snippet.statements(edit.code, self.source)
+            inserted[edit.where].append(Piece(body, inserted=True, trailing_comments=comments))
+        return [*inserted["before"], *self._own_piece(statement), *inserted["after"]]
+
+    def _own_piece(self, statement: cst.BaseSmallStatement | cst.BaseCompoundStatement) -> list[Piece]:
+        replacement = self._replacements.get(id(statement))
+        if replacement is not None:
+            self._made.add(id(replacement))
+            body, comments = snippet.statements(replacement.code, self.source)
+            for new in body:
+                self._open_holes(new, replacement)
+            changed = [cast(cst.BaseStatement, self._visit(new, enclosed=False)) for new in body]
+            return [Piece(changed, trailing_comments=comments)]
+        if self._is_deleted(statement):
+            return []
+        if self._loses_all_names(statement):
+            return []
+        new_statement = self._visit(statement, enclosed=False)
+        if isinstance(new_statement, cst.BaseSmallStatement):
+            return [Piece.of_small(new_statement)]
+        # Its leading lines are given back to it by the block.
+        return [Piece([cast(cst.BaseStatement, new_statement.with_changes(leading_lines=()))])]
+
+    def _loses_all_names(self, statement: cst.CSTNode) -> bool:
+        parts = elements_of(statement) if isinstance(statement, cst.Import | cst.ImportFrom) else []
+        return bool(parts) and all([self._is_deleted(part) for part in parts])
+
+    def _suite(self, suite: cst.SimpleStatementSuite) -> cst.BaseSuite:
+        """A suite on the line of its header stays there while it can."""
+        pieces = self._line(suite)
+        if not pieces:
+            return suite.with_changes(body=(cst.Pass(),))
+        only = pieces[0].statements[0] if len(pieces) == 1 and len(pieces[0].statements) == 1 else None
+        if isinstance(only, cst.SimpleStatementLine) and not pieces[0].inserted and not only.leading_lines:
+            return suite.with_changes(body=only.body, trailing_whitespace=only.trailing_whitespace)
+        block = Block(top_level=False)
+        block.place(pieces, ())
+        return cst.IndentedBlock(body=block.or_pass(), footer=block.footer())
+
+    def _elif(self, branch: cst.If) -> cst.CSTNode:
+        """`elif` is an `if` alone in its `else`; with company it becomes that."""
+        pieces = self._pieces(branch)
+        statements = [statement for piece in pieces for statement in piece.statements]
+        if len(statements) == 1 and isinstance(statements[0], cst.If) and not pieces[0].inserted:
+            return statements[0].with_changes(leading_lines=branch.leading_lines)
+        block = Block(top_level=False)
+        block.place(pieces, ())
+        return cst.Else(
+            body=cst.IndentedBlock(body=block.or_pass(), footer=block.footer()), leading_lines=branch.leading_lines
+        )
+
+
+_EQUAL = cst.AssignEqual(whitespace_before=cst.SimpleWhitespace(""), whitespace_after=cst.SimpleWhitespace(""))
+
+
+def anchor(edit: Edit) -> ast.AST:
+    """The node an edit is about."""
+    match edit:
+        case Replace() | Delete():
+            return edit.node
+        case Insert():
+            return edit.anchor
+        case AddArgument():
+            return edit.call
+        case AddParameter():
+            return edit.function
+    raise AssertionError(edit)
+
+
+def conflict(edit: Edit, other: Edit | None, source: SourceFile) -> EditError:
+    def described(one: Edit) -> str:
+        return f"{type(one).__name__} at {source.path}:{source.location(anchor(one)).line}"
+
+    if other is None:
+        return EditError(f"{described(edit)} was not made")
+    first, second = sorted((edit, other), key=lambda one: source.location(anchor(one)).line)
+    return EditConflict(f"{described(first)} and {described(second)} want the same text")
+
+
+def _outer_parentheses(
+    node: cst.BaseExpression,
+) -> tuple[Sequence[cst.LeftParen], Sequence[cst.RightParen]]:
+    """The parentheses around a node, without those that make it what it is."""
+    if isinstance(node, cst.Tuple | cst.GeneratorExp):
+        return node.lpar[:-1], node.rpar[1:]
+    return node.lpar, node.rpar
+
+
+def _without_parentheses(node: cst.BaseExpression) -> cst.BaseExpression:
+    """`node` without parentheses that hold nothing but itself; those with comments or line breaks stay."""
+    left, right = _outer_parentheses(node)
+    gaps = [*(paren.whitespace_after for paren in left), *(paren.whitespace_before for paren in right)]
+    if not left or any(isinstance(gap, cst.ParenthesizedWhitespace) for gap in gaps):
+        return node
+    return node.with_changes(lpar=node.lpar[len(left) :], rpar=node.rpar[: len(node.rpar) - len(right)])
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def _joins(left: str, right: str) -> bool:
+    return _is_word(left) and _is_word(right)
