@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from modernizer import model_map
-from modernizer.edit import Edit, EditConflict, EditError
+from modernizer.edit import Edit, EditError
 from modernizer.project import Project
 from modernizer.reading import OURS, State, crash
-from modernizer.report import Problem, Site, place, refused_site
+from modernizer.report import Problem, Site, refused_site
 from modernizer.rule import Rule, Upgrade
 
 
@@ -27,7 +27,10 @@ class Outcome:
 
 
 def make(rule: Rule, before: State, upgrades: Sequence[Upgrade], problems: list[Problem]) -> Outcome:
-    """Makes all upgrades or, where they do not get along or fail the review, as many as do, first come first served."""
+    """Makes all upgrades or, where they do not get along or fail the review, as many as do, first come first served.
+
+    One that was only in another's way is planned again in the next round, on the new text.
+    """
     if not upgrades:
         return Outcome(before, [], [])
     outcome = _attempt(rule, before, upgrades)
@@ -43,8 +46,7 @@ def make(rule: Rule, before: State, upgrades: Sequence[Upgrade], problems: list[
             continue
         if outcome.error:
             problems.append(crash(outcome.error, upgrade.location.path, rule))
-        reason = _conflict(before.project, applied, upgrade) if outcome.conflict else outcome.reason
-        refused.append(refused_site(rule, upgrade.location, f"{upgrade.summary}: {reason}"))
+        refused.append(refused_site(rule, upgrade.location, f"{upgrade.summary}: {outcome.reason}"))
     return Outcome(state, applied, refused)
 
 
@@ -52,8 +54,7 @@ def make(rule: Rule, before: State, upgrades: Sequence[Upgrade], problems: list[
 class _Failure:
     """Why upgrades were not made."""
 
-    reason: str = ""
-    conflict: bool = False
+    reason: str
     error: Exception | None = None
 
 
@@ -69,8 +70,6 @@ def _attempt(rule: Rule, before: State, upgrades: Sequence[Upgrade]) -> State | 
         after = State(project, model_map.read_model(project))
         complaint = rule.review(before.model, after.model, upgrades)
         return _Failure(f"{complaint} {OURS}") if complaint else after
-    except EditConflict:
-        return _Failure(conflict=True)
     except EditError as error:
         return _Failure(f"{error} {OURS}")
     except UnicodeEncodeError as error:
@@ -116,12 +115,3 @@ def _identity(edit: Edit) -> object:
         return part if part is None or isinstance(part, str | Path) else id(part)  # a syntax node is only itself
 
     return type(edit), tuple(value(getattr(edit, item.name)) for item in dataclasses.fields(edit))
-
-
-def _conflict(project: Project, applied: Sequence[Upgrade], upgrade: Upgrade) -> str:
-    for other in applied:
-        try:
-            _rewrite(project, [other, upgrade])
-        except EditConflict as error:
-            return f"is in the way of the upgrade at {place(other.location)}: {error}"
-    return f"its own edits are in each other's way {OURS}"
