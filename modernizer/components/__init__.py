@@ -7,14 +7,22 @@ except ImportError as error:
 
 from modernizer.components.alibi import ALiBi, alibi_slopes
 from modernizer.components.masked_attention import masked_attention
+from modernizer.components.multihead_attention import MultiheadAttention
 from modernizer.components.rotary import RotaryEmbedding, apply_rotary
 from modernizer.components.swiglu import GatedSiLU, SwiGLU, swiglu, swiglu_hidden
+from modernizer.components.transformer import Transformer
+from modernizer.components.transformer_decoder_layer import TransformerDecoderLayer
+from modernizer.components.transformer_encoder_layer import TransformerEncoderLayer
 
 __all__ = [
     "ALiBi",
     "GatedSiLU",
+    "MultiheadAttention",
     "RotaryEmbedding",
     "SwiGLU",
+    "Transformer",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
     "alibi_slopes",
     "apply_rotary",
     "masked_attention",

@@ -32,8 +32,9 @@ def masked_attention(
     - *fill of -inf*: the formula gives NaN there, torch's kernel gives zeros, and so does this function.
 
     In other rows a blocked key weighs ``exp(fill - maximum)``, which is zero unless all scores of the row lie below
-    ``fill + 745`` (float64; 104 in float32). An additive mask, such as ``(1 - mask) * -1e4``, is a ``bias``; where it
-    blocks a whole row, scores of that size leave both computations the same few digits, rounded differently. No float tensor ``[query_time, key_time]`` is made unless ``bias`` is one.
+    ``fill + 745`` (float64; 104 in float32). An additive mask, such as ``(1 - mask) * -1e4``, is a ``bias``; in a row
+    that it blocks throughout, scores of that size keep few digits, which the two computations round differently.
+    No float tensor ``[query_time, key_time]`` is made unless ``bias`` is one.
 
     Args:
         query: ``[..., query_time, head_dim]``, usually ``[batch, heads, time, head_dim]``.
