@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from modernizer import __version__
+from modernizer.rule import Effect
 
 if TYPE_CHECKING:
     from modernizer.report import Report
@@ -75,13 +76,32 @@ def main(traceback: bool) -> None:
 @click.option("--rule", "-r", "names", multiple=True, required=True, help="Rules to apply, a comma between them.")
 @click.option("--diff", is_flag=True, help="Show the changes and write nothing.")
 @click.option("--vendor", is_flag=True, help="Write the needed components beside the code instead of importing them.")
+@click.option("--verify", is_flag=True, help="Run the model before and after; write nothing unless all promises hold.")
+@click.option("--model", help="With --verify: an expression that builds the model.")
+@click.option("--input", "inputs", help="With --verify: an expression for what the model is called with.")
+@click.option("--call", help="With --verify: an expression of `model` and `inputs`, where calling is not enough.")
 @FORMAT
-def apply(paths: Sequence[Path], names: Sequence[str], diff: bool, vendor: bool, style: str, **switches: bool) -> None:
+def apply(
+    paths: Sequence[Path],
+    names: Sequence[str],
+    diff: bool,
+    vendor: bool,
+    verify: bool,
+    model: str | None,
+    inputs: str | None,
+    call: str | None,
+    style: str,
+    **switches: bool,
+) -> None:
     """Rewrite files and folders in place, or say why not."""
     from modernizer import pipeline
 
-    rules, steps = _selected(names), list[pipeline.Step]()
-    report = pipeline.upgrade(paths, rules, _rule_options(switches), write=not diff, steps=steps)
+    rules, options, steps = _selected(names), _rule_options(switches), list[pipeline.Step]()
+    if verify:
+        steps.append(_proof(paths, model, inputs, call, options))
+    elif model or inputs or call:
+        raise click.UsageError("--model, --input and --call say how to --verify")
+    report = pipeline.upgrade(paths, rules, options, write=not diff, steps=steps)
     _print_report(report, style, with_diff=diff)
 
 
@@ -94,6 +114,76 @@ def check(paths: Sequence[Path], names: Sequence[str], style: str, **switches: b
     from modernizer import pipeline
 
     _print_report(pipeline.check(paths, _selected(names), _rule_options(switches)), style, with_diff=False)
+
+
+@main.command(name="map")
+@PATHS
+def show_map(paths: Sequence[Path]) -> None:
+    """Show which class is attention, feed-forward, norm, block, stack and so on, and why."""
+    from modernizer.reading import read
+    from modernizer.report import Report, role_lines
+
+    report = Report("map")
+    state = read(paths, report.problems, report.remarks)
+    for depth, text in role_lines(state.model.roles if state else ()):
+        click.echo("    " * depth + (click.style(text, bold=True) if depth < 2 else text))
+    _print_trouble(report)
+    raise SystemExit(report.exit_code)
+
+
+@main.command()
+@click.option("--before", required=True, type=click.Path(path_type=Path), help="A file, or a folder to import from.")
+@click.option("--after", required=True, type=click.Path(path_type=Path), help="The same, rewritten.")
+@click.option("--model", required=True, help="An expression that builds the model; in a folder, 'module:expression'.")
+@click.option("--input", "inputs", required=True, help="An expression for a tensor, a tuple or a dict of them.")
+@click.option("--call", help="An expression of `model` and `inputs`, where calling the model is not enough.")
+@click.option("--rule", "-r", "names", multiple=True, help="Rules that were applied: checks their own properties too.")
+@click.option("--effect", type=click.Choice([effect.value for effect in Effect]), help="What is promised.")
+@click.option("--timeout", default=120.0, show_default=True, help="Seconds for each of the two runs.")
+@click.option("--memory", default=4096, show_default=True, help="MiB for each of the two runs.")
+@FORMAT
+def verify(
+    before: Path,
+    after: Path,
+    model: str,
+    inputs: str,
+    call: str | None,
+    names: Sequence[str],
+    effect: str | None,
+    timeout: float,
+    memory: int,
+    style: str,
+) -> None:
+    """Run a model before and after a rewrite, and show what changed and what did not.
+
+    What is checked follows from the effect: that of the rules given, else the one given, else that of all rules that
+    find less to do afterwards.
+    """
+    from modernizer.proving import weakest
+    from modernizer.verify import VerifyError
+    from modernizer.verify import verify as run_both
+
+    rules = _selected(names) if names else []
+    promised = Effect(effect) if effect else weakest(rule.effect for rule in rules or _settled_rules(before, after))
+    try:
+        report = run_both(
+            before,
+            after,
+            model,
+            inputs,
+            effect=promised,
+            call=call,
+            rules=[rule.name for rule in rules],
+            timeout=timeout,
+            memory_mb=memory,
+        )
+    except VerifyError as error:
+        raise click.UsageError(str(error)) from error
+    if style == "json":
+        click.echo(json.dumps({"effect": promised.value, **report.to_json()}, indent=2))
+    else:
+        click.echo(f"effect {promised.value}: {promised.promise}\n{report}")
+    raise SystemExit(0 if report.passed else 1)
 
 
 @main.command(name="rules")
@@ -142,6 +232,36 @@ def _selected(names: Iterable[str]) -> list[Rule]:
     return _or_exit(lambda: select(asked))
 
 
+def _settled_rules(before: Path, after: Path) -> list[Rule]:
+    """The rules that find less to do in one program than in the other."""
+    from modernizer.pipeline import check as look
+    from modernizer.report import Status
+
+    def findings(path: Path, rule: Rule) -> int:
+        return sum(site.status is Status.LEGACY for site in look([path], [rule], {}).sites)
+
+    return [rule for rule in _selected([]) if findings(before, rule) > findings(after, rule)]
+
+
+def _proof(
+    paths: Sequence[Path], model: str | None, inputs: str | None, call: str | None, options: Mapping[str, bool]
+) -> Callable[[Report], None]:
+    from modernizer.proving import Experiment, prove
+    from modernizer.verify import VerifyError
+
+    if not model or not inputs:
+        raise click.UsageError("--verify needs --model and --input: expressions that build the model and its input")
+    experiment = Experiment(model, inputs, call)
+
+    def step(report: Report) -> None:
+        try:
+            prove(report, paths, experiment, options)
+        except VerifyError as error:
+            raise click.UsageError(str(error)) from error
+
+    return step
+
+
 def _rule_options(switches: Mapping[str, bool]) -> dict[str, bool]:
     return {name.removeprefix("option_"): value for name, value in switches.items()}
 
@@ -170,20 +290,28 @@ def _print_report(report: Report, style: str, *, with_diff: bool = False) -> NoR
 
 
 def _print_lines(report: Report, *, to_stderr: bool) -> None:
-    from modernizer.report import Status, problem_line, site_lines, summary_line
+    from modernizer.report import Status, site_lines, summary_line
 
     for site in report.sites:
         if report.command == "check" and site.status is Status.MODERN:
             continue  # not a finding; the summary counts it
         for line in site_lines(site):
             click.echo(_coloured_site(line), err=to_stderr)
+    if report.verification and report.verification.passed:
+        click.echo(str(report.verification), err=to_stderr)
+    _print_trouble(report)
+    click.echo(summary_line(report), err=to_stderr)
+
+
+def _print_trouble(report: Report) -> None:
+    from modernizer.report import problem_line
+
     for remark in report.remarks:
         click.echo(remark, err=True)
     for problem in report.problems:
         click.echo(click.style(problem_line(problem), fg="red"), err=True)
         if problem.trace and click.get_current_context().find_root().params.get("traceback"):
             click.echo(problem.trace, err=True)
-    click.echo(summary_line(report), err=to_stderr)
 
 
 def _coloured_site(line: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from modernizer.project import Project
+from modernizer.proving import NotVerified
 from modernizer.reading import read
 from modernizer.report import FileChange, Problem, Report, Site, Status, line_in, plan_sites, shown, upgrade_site
 from modernizer.rounds import Placed, in_order, plan, run_to_fixpoint, within_named
@@ -14,11 +15,7 @@ from modernizer.rule import Rule
 from modernizer.source import Location
 from modernizer.transaction import Change, TransactionError, recover, write_all
 
-Step = Callable[[Sequence[FileChange]], Sequence[FileChange]]
-
-
-class StepError(Exception):
-    """A step between editing and writing objects to the changes. `str()` of it is a sentence for the user."""
+Step = Callable[[Report], None]
 
 
 def upgrade(
@@ -31,8 +28,8 @@ def upgrade(
 ) -> Report:
     """Applies rules to files and folders until they find nothing more to do; writes all changes or none.
 
-    Each of `steps` gets the changed files before they are written and returns them, amended; where one raises
-    StepError nothing is written.
+    Each of `steps` gets the report before anything is written and may amend its changes; where one raises NotVerified
+    nothing is written.
     """
     report = Report("apply")
     try:
@@ -45,12 +42,14 @@ def upgrade(
         report.changes = _changes(start.project, ledger.state.project)
         report.sites = _sites(ledger.sites, start.project, Status.PLANNED)
         for step in steps if report.changes else ():
-            report.changes = list(step(report.changes))
+            step(report)
         if write and report.changes:
             write_all([_to_write(change) for change in report.changes])
             report.written = True
             report.sites = _sites(ledger.sites, ledger.state.project, Status.DONE)
-    except (TransactionError, StepError) as error:
+    except NotVerified as error:
+        report.remarks.append(str(error))
+    except TransactionError as error:
         report.problems.append(Problem(str(error)))
     report.problems = list(dict.fromkeys(report.problems))  # every round meets the same crash again
     return report

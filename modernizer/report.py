@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import enum
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modernizer import __version__
 from modernizer.rule import Effect, Plan, Rule, Upgrade
 from modernizer.source import Location, SourceFile
+
+if TYPE_CHECKING:
+    from modernizer.model_map import Role
+    from modernizer.verify import VerifyReport
 
 SCHEMA = 1  # of the JSON object; a change that could break its readers raises it
 
@@ -25,6 +29,10 @@ class Status(enum.Enum):
     LEGACY = "legacy"  # `check` found that it can be rewritten
     REFUSED = "refused"  # there is work, but no safe way to do it
     MODERN = "modern"  # nothing to do
+
+    @property
+    def is_made(self) -> bool:
+        return self in (Status.DONE, Status.PLANNED)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Report:
     changes: list[FileChange] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     written: bool = False
+    verification: VerifyReport | None = None
 
     @property
     def exit_code(self) -> int:
@@ -113,7 +122,7 @@ def site_lines(site: Site) -> Iterator[str]:
     """The line of a site, and one for its promise and each note where it is or can be done."""
     hint = f" ({site.hint})" if site.hint else ""
     yield f"{site.status.value}: {place(site.location)} {site.rule}: {site.message}{hint}"
-    if site.status in (Status.DONE, Status.PLANNED):
+    if site.status.is_made:
         yield f"    {site.effect.value}: {site.effect.promise}"
         yield from (f"    note: {note}" for note in site.notes)
 
@@ -151,6 +160,7 @@ def as_json(report: Report) -> dict[str, Any]:
             {"path": shown(problem.path) if problem.path else None, "rule": problem.rule, "message": problem.message}
             for problem in report.problems
         ],
+        "verification": report.verification.to_json() if report.verification else None,
     }
 
 
@@ -166,6 +176,24 @@ def _site_json(site: Site) -> dict[str, Any]:
         "hint": site.hint,
         "notes": list(site.notes),
     }
+
+
+def role_lines(roles: Iterable[Role]) -> Iterator[tuple[int, str]]:
+    """A tree of the roles by file and class, each line with its depth: file, class, role, evidence."""
+    path: Path | None = None
+    owner = ""
+    for role in sorted(roles, key=lambda role: (str(role.location.path), role.owner)):
+        if role.location.path != path:
+            path, owner = role.location.path, ""
+            yield 0, shown(path)
+        if role.owner != owner:
+            owner = role.owner
+            yield 1, owner
+        yield 2, f"{role.kind} at {role.location.line}:{role.location.column}"
+        for evidence in role.evidence:
+            where = evidence.location
+            line = f"{where.line}" if where.path == path else f"{shown(where.path)}:{where.line}"
+            yield 3, f"{line}: {evidence.sentence}"
 
 
 def diff_lines(change: FileChange) -> Iterator[str]:

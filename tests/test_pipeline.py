@@ -13,6 +13,7 @@ from fake_rules import Crash, Rename, fake_map, write
 from modernizer import model_map, pipeline
 from modernizer.edit import Edit, Insert, Replace
 from modernizer.project import Project
+from modernizer.proving import NotVerified
 from modernizer.report import FileChange, Report, Site, Status, diff_lines
 from modernizer.rounds import in_order
 from modernizer.rule import Upgrade
@@ -113,8 +114,8 @@ class TestApply:
     def test_step_may_amend_the_changes_and_add_a_file(self, tmp_path: Path) -> None:
         (path,) = write(tmp_path, a="x = old\n")
 
-        def step(changes: Sequence[FileChange]) -> list[FileChange]:
-            return [*changes, FileChange(tmp_path / "b.py", None, "made = True\n")]
+        def step(report: Report) -> None:
+            report.changes.append(FileChange(tmp_path / "b.py", None, "made = True\n"))
 
         pipeline.upgrade([path], [Rename()], {}, steps=[step])
         assert (tmp_path / "b.py").read_text() == "made = True\n"
@@ -122,12 +123,13 @@ class TestApply:
     def test_step_may_object(self, tmp_path: Path) -> None:
         (path,) = write(tmp_path, a="x = old\n")
 
-        def step(changes: Sequence[FileChange]) -> list[FileChange]:
-            raise pipeline.StepError("the outputs differ")
+        def step(report: Report) -> None:
+            raise NotVerified("the outputs differ")
 
         report = pipeline.upgrade([path], [Rename()], {}, steps=[step])
         assert path.read_text() == "x = old\n"
-        assert [problem.message for problem in report.problems] == ["the outputs differ"]
+        assert report.remarks == ["the outputs differ"]
+        assert report.exit_code == 1
 
 
 class TestRounds:
