@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
     """
     if num_heads < 1:
         raise ValueError(f"ALiBi needs at least one head, not {num_heads}")
-    power = 2 ** math.floor(math.log2(num_heads))
+    power = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     return slopes + [2.0 ** (-4.0 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
 
