@@ -274,8 +274,8 @@ def checkpoint(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwarg
     return calls.invoke(m, frame, node, args[0], args[1:], left) if args else Const(None)
 
 
-@handles("torch.Size")
-def size(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: dict[str, Value]) -> Value:
+@handles("torch.Size", "torch.autograd.Variable", "torch.autograd.variable.Variable")
+def as_is(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: dict[str, Value]) -> Value:
     return args[0] if args else Many([])
 
 

@@ -67,7 +67,8 @@ def get_attribute(m: Machine, frame: Frame, node: ast.AST, receiver: Value, attr
     if isinstance(receiver, Object):
         return _of_object(m, frame, node, receiver, attr)
     if isinstance(receiver, Class):
-        return _of_class(m, frame, node, receiver, receiver, attr)
+        found = _of_class(m, frame, node, receiver, receiver, attr)
+        return found if found is not None else m.node("unknown", (), node, frame, name=attr)
     if isinstance(receiver, Node):
         return _of_datum(m, frame, node, receiver, attr)
     if isinstance(receiver, calls.Super):
@@ -80,7 +81,7 @@ def _of_object(m: Machine, frame: Frame, node: ast.AST, receiver: Object, attr: 
         return receiver.attributes[attr]
     if receiver.cls is not None:
         found = _of_class(m, frame, node, receiver, receiver.cls, attr)
-        if not (isinstance(found, Node) and found.op == "unknown"):
+        if found is not None:
             return found
     if isinstance(receiver, Module):
         if attr == "training":
@@ -92,11 +93,11 @@ def _of_object(m: Machine, frame: Frame, node: ast.AST, receiver: Object, attr: 
     return m.node("attr", (receiver,), node, frame, name=attr)
 
 
-def _of_class(m: Machine, frame: Frame, node: ast.AST, receiver: Value, cls: Class, attr: str) -> Value:
+def _of_class(m: Machine, frame: Frame, node: ast.AST, receiver: Value, cls: Class, attr: str) -> Value | None:
     for base in cls.mro:
         if isinstance(base, Class) and attr in base.members:
             return class_member(m, frame, node, receiver, base, base.members[attr])
-    return m.node("unknown", (), node, frame, name=attr)
+    return None
 
 
 def class_member(m: Machine, frame: Frame, node: ast.AST, receiver: Value, cls: Class, member: ast.stmt) -> Value:

@@ -219,12 +219,38 @@ def _build_factories(graph: Graph, scopes: list[Scope], classes: list[Class]) ->
 
 
 def _constructs(function: Function, names: set[str]) -> bool:
-    """Whether a function calls project classes one inside another: only then does it decide how parts fit together."""
-    calls_ = [n for n in ast.walk(function.node) if isinstance(n, ast.Call)]
-    made = [c for c in calls_ if isinstance(c.func, ast.Name | ast.Attribute) and _called(c) in names]
-    return len(made) > 1 and any(
-        inner is not outer and inner in ast.walk(outer) for outer in made for inner in made
-    ) or len({_called(c) for c in made}) > 1
+    """Whether a function puts objects of several project classes together and returns one: a factory."""
+    found = [n for n in ast.walk(function.node) if isinstance(n, ast.Call) and _called(n) in names]
+    several = len({_called(c) for c in found}) > 1 or any(
+        inner is not outer and inner in ast.walk(outer) for outer in found for inner in found
+    )
+    return several and _returns_one(function.node, names)
+
+
+def _returns_one(node: ast.AST, names: set[str]) -> bool:
+    """Whether a function returns an instance of one of the classes: made in the return, or held by a variable."""
+    holders = {
+        target.id
+        for statement in ast.walk(node)
+        if isinstance(statement, ast.Assign) and _makes(statement.value, names)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+    return any(
+        isinstance(n, ast.Return)
+        and n.value is not None
+        and (_makes(n.value, names) or (isinstance(n.value, ast.Name) and n.value.id in holders))
+        for n in ast.walk(node)
+    )
+
+
+def _makes(node: ast.expr, names: set[str]) -> bool:
+    """Whether an expression is a constructor call, perhaps with `.to(device)` or the like behind it."""
+    while isinstance(node, ast.Call):
+        if _called(node) in names:
+            return True
+        node = node.func.value if isinstance(node.func, ast.Attribute) else node.func
+    return False
 
 
 def _called(node: ast.Call) -> str:
