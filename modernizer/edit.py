@@ -51,7 +51,7 @@ class Delete:
 
 @dataclass(frozen=True, eq=False)
 class AddArgument:
-    """Adds `name=code` at the end of a call (before `**kwargs`), or `code` as the last positional one without a name."""
+    """Adds `name=code` at the end of a call (before `**kwargs`); without a name, `code` as its last positional one."""
 
     path: Path
     call: ast.Call
@@ -82,7 +82,7 @@ Edit = Replace | Insert | Delete | AddArgument | AddParameter | AddImport
 
 
 class EditError(Exception):
-    """Edits that cannot be made, or whose result is not Python: the fault of a rule or of the engine, not of the user."""
+    """Edits that cannot be made, or whose result is not Python: the fault of a rule or the engine, not the user's."""
 
 
 class EditConflict(EditError):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 from modernizer.apply_edits.blocks import blank_lines_between, kind
+from modernizer.apply_edits.import_edits import import_edits, import_statements
 from modernizer.apply_edits.region import Region
 from modernizer.apply_edits.rewrite import Rewriter, anchor
 from modernizer.edit import AddImport, Edit, EditError
-from modernizer.source import SourceFile
+from modernizer.source import SourceError, SourceFile
 
 __all__ = ["apply_edits"]
 
@@ -31,23 +32,44 @@ def apply_edits(source: SourceFile, edits: Sequence[Edit]) -> str:
 
     Imports that lose their last use go. Raises EditError where an edit cannot be made or the result is not Python.
     """
-    text = _rewritten(source, [edit for edit in _distinct(edits) if not isinstance(edit, AddImport)])
-    _check(source, text)
-    return text
+    wanted = [edit for edit in edits if isinstance(edit, AddImport)]
+    edited = _edited(source, [edit for edit in _distinct(edits) if not isinstance(edit, AddImport)])
+    if not edited.tree.body:
+        return _with_lines(edited, import_statements(wanted))
+    return _edited(edited, import_edits(source, edited, wanted)).text
+
+
+def _edited(source: SourceFile, edits: Sequence[Edit]) -> SourceFile:
+    edited = replace(source, text=_rewritten(source, edits))
+    try:
+        edited.tree  # noqa: B018 - asks whether it has one
+    except SourceError as error:
+        raise EditError(f"internal error, the edited text is not Python: {error}") from error
+    return edited
+
+
+def _with_lines(source: SourceFile, lines: Sequence[str]) -> str:
+    """The text of a file without statements, with `lines` below its comments."""
+    text = source.text
+    if lines and text and not text.endswith(("\n", "\r")):
+        text += source.newline
+    return text + "".join(line + source.newline for line in lines)
 
 
 def _distinct(edits: Sequence[Edit]) -> list[Edit]:
     """Without the edits that say what another one said."""
     seen: dict[object, Edit] = {}
     for edit in edits:
-        parts = [getattr(edit, name) for name in edit.__dataclass_fields__]
-        key = tuple(part if isinstance(part, str | None) else _identity(part) for part in parts)
+        key = tuple(_identity(getattr(edit, field.name)) for field in fields(edit))
         seen.setdefault((type(edit), key), edit)
     return list(seen.values())
 
 
 def _identity(part: object) -> object:
-    return tuple(id(item) for item in part) if isinstance(part, tuple) else id(part)
+    """What tells one part of an edit from another: nodes are the same only if they are one."""
+    if isinstance(part, tuple):
+        return tuple(map(id, part))
+    return id(part) if isinstance(part, ast.AST) else part
 
 
 def _rewritten(source: SourceFile, edits: Sequence[Edit]) -> str:
@@ -111,12 +133,3 @@ def _without_blank_end(text: str) -> tuple[str, int]:
     while lines and not lines[-1].strip():
         lines.pop()
     return "".join(lines), count - len(lines)
-
-
-def _check(source: SourceFile, text: str) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        raise EditError(f"{source.path}: internal error, the edited text is not Python: {error}") from error

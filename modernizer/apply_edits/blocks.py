@@ -11,6 +11,7 @@ import libcst as cst
 from modernizer.apply_edits.elements import detached
 
 Lines = Sequence[cst.EmptyLine]
+Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 _BLANK = cst.EmptyLine(indent=False)
 
 
@@ -18,7 +19,7 @@ _BLANK = cst.EmptyLine(indent=False)
 class Piece:
     """What stands where one statement stood, or was inserted beside it."""
 
-    statements: list[cst.BaseStatement]
+    statements: list[Statement]
     inserted: bool = False
     trailing_comments: Lines = ()
 
@@ -50,11 +51,11 @@ class Block:
     """Takes the statements of a block one by one; `pending` are the lines waiting for the next of them."""
 
     top_level: bool
-    body: list[cst.BaseStatement] = field(default_factory=list)
+    body: list[Statement] = field(default_factory=list)
     pending: Lines = ()
     _ends_new: bool = False
 
-    def keep(self, statement: cst.BaseStatement) -> None:
+    def keep(self, statement: Statement) -> None:
         """Adds a statement that stood there before."""
         self._add(statement, self._ends_new)
         self._ends_new = False
@@ -71,8 +72,8 @@ class Block:
                 self._ends_new = piece.inserted
             self.pending = _stacked(self.pending, piece.trailing_comments)
 
-    def _add(self, statement: cst.BaseStatement, spaced: bool) -> None:
-        lines = _stacked(self.pending, getattr(statement, "leading_lines", ()))
+    def _add(self, statement: Statement, spaced: bool) -> None:
+        lines = _stacked(self.pending, statement.leading_lines)
         if spaced and self.body:
             wanted = blank_lines_between(kind(self.body[-1]), kind(statement), self.top_level)
             lines = [_BLANK] * (wanted - _blank_run(lines)) + [*lines]
@@ -83,7 +84,7 @@ class Block:
         """The comments that wait for a statement in vain, without the blank lines behind them."""
         return self.pending[: len(self.pending) - _blank_run(list(reversed(self.pending)))]
 
-    def or_pass(self) -> list[cst.BaseStatement]:
+    def or_pass(self) -> list[Statement]:
         """The statements, `pass` if there are none."""
         if not self.body:
             self.keep(cst.SimpleStatementLine([cst.Pass()]))

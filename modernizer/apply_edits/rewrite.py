@@ -11,13 +11,24 @@ from typing import cast
 import libcst as cst
 
 from modernizer.apply_edits import parentheses, snippet
-from modernizer.apply_edits.blocks import Block, Piece, one_line
+from modernizer.apply_edits.blocks import Block, Piece, Statement, one_line
 from modernizer.apply_edits.elements import edit_elements, elements_of
 from modernizer.apply_edits.region import Region
 from modernizer.edit import AddArgument, AddParameter, Delete, Edit, EditConflict, EditError, Insert, Replace
 from modernizer.source import SourceFile
 
-_Value = cst.BaseExpression | Sequence[cst.SubscriptElement] | cst.BaseSlice
+
+@dataclasses.dataclass(frozen=True)
+class _Hole:
+    """What a hole stands for; `is_element` where that is more than an expression: `*a`, `a:b` or `a:b, c`."""
+
+    node: cst.CSTNode
+    is_element: bool
+
+    def expression(self) -> cst.BaseExpression:
+        if self.is_element or not isinstance(self.node, cst.BaseExpression):
+            raise EditError(f"{type(self.node).__name__} in a hole where an expression should stand")
+        return self.node
 
 
 class Rewriter:
@@ -30,7 +41,7 @@ class Rewriter:
         self._deletions: dict[int, Delete] = {}
         self._insertions: defaultdict[int, list[Insert]] = defaultdict(list)
         self._additions: defaultdict[int, list[AddArgument | AddParameter]] = defaultdict(list)
-        self._holes: dict[int, cst.CSTNode] = {}
+        self._holes: dict[int, _Hole] = {}
         self._dirty: set[int] = set()
         self._targets: list[tuple[Edit, cst.CSTNode]] = []
         self._made: set[int] = set()
@@ -52,8 +63,11 @@ class Rewriter:
         target = self.region.find(anchor(edit))
         match edit:
             case Replace():
-                self._claim(target, edit)
-                self._replacements[id(target)] = edit
+                places: Sequence[cst.CSTNode] = self._whole_index(edit.node, target) or [target]
+                for place in places:
+                    self._claim(place, edit)
+                    self._replacements[id(place)] = edit
+                    target = place
             case Delete():
                 target = self._removable(target, edit)
                 self._claim(target, edit)
@@ -76,8 +90,14 @@ class Rewriter:
             self._dirty.add(id(node))
             node = self.region.parent(node)
 
+    def _whole_index(self, node: ast.AST, found: cst.CSTNode) -> Sequence[cst.SubscriptElement]:
+        """The parts of an index `a, b`, which is one node for `ast` alone; nothing where `node` is something else."""
+        return found.slice if isinstance(node, ast.Tuple) and isinstance(found, cst.Subscript) else ()
+
     def _removable(self, target: cst.CSTNode, edit: Delete) -> cst.CSTNode:
         """The element that goes when `target` does: an argument with its keyword, an entry with its value."""
+        if self._whole_index(edit.node, target):
+            raise EditError(f"{self.source.location(edit.node)}: an index cannot be left out")
         if isinstance(target, cst.BaseSmallStatement | cst.BaseCompoundStatement | cst.StarredElement):
             return target
         node: cst.CSTNode | None = target
@@ -119,7 +139,7 @@ class Rewriter:
 
     def _with_changed_children(self, node: cst.CSTNode, enclosed: bool) -> cst.CSTNode:
         changes: dict[str, object] = {}
-        for field in dataclasses.fields(node):  # type: ignore[arg-type]
+        for field in dataclasses.fields(node):
             value = getattr(node, field.name)
             if isinstance(value, cst.CSTNode):
                 if id(value) in self._dirty:
@@ -133,21 +153,22 @@ class Rewriter:
     ) -> list[cst.CSTNode]:
         children: list[cst.CSTNode] = []
         for value in values:
+            if isinstance(value, cst.SubscriptElement) and id(value) in self._replacements:
+                return self._index(self._replacements[id(value)])
             if isinstance(value, cst.Decorator | cst.AssignTarget) and self._is_deleted(value):
                 continue
-            if id(value) in self._dirty:
-                children += self._spread(self._child(value, parent, field, enclosed))
-            else:
+            if id(value) not in self._dirty:
                 children.append(value)
+            elif (hole := self._element_hole(value)) is not None:
+                children += self._element_of_hole(value, hole)
+            else:
+                children.append(self._child(value, parent, field, enclosed))
         return children
-
-    def _spread(self, child: cst.CSTNode | Sequence[cst.CSTNode]) -> Sequence[cst.CSTNode]:
-        return [child] if isinstance(child, cst.CSTNode) else child
 
     def _child(self, child: cst.CSTNode, parent: cst.CSTNode, field: str, enclosed: bool) -> cst.CSTNode:
         match child:
             case cst.IndentedBlock():
-                block = self._block(child.body)
+                block = self._block(cast(Sequence[Statement], child.body))
                 return child.with_changes(body=block.or_pass(), footer=(*block.footer(), *child.footer))
             case cst.SimpleStatementSuite():
                 return self._suite(child)
@@ -165,8 +186,8 @@ class Rewriter:
     def _expression(self, old: cst.BaseExpression, parent: cst.CSTNode, field: str, enclosed: bool) -> cst.CSTNode:
         hole = self._holes.get(id(old))
         if hole is not None:
-            assert isinstance(hole, cst.BaseExpression)
-            return self._fitted(self._hole(hole, enclosed or bool(old.lpar)), old, parent, field, enclosed)
+            new = self._hole(hole.expression(), enclosed or bool(old.lpar))
+            return self._fitted(new, old, parent, field, enclosed)
         edit = self._replacements.get(id(old))
         if edit is None:
             return self._visit(old, enclosed or bool(old.lpar))
@@ -180,15 +201,13 @@ class Rewriter:
         code = cst.Expr(snippet.expression(edit.code, self.source))
         self._open_holes(code, edit)
         if id(code.value) in self._holes and not code.value.lpar:
-            hole = self._holes[id(code.value)]
-            assert isinstance(hole, cst.BaseExpression)
-            return self._hole(hole, enclosed or bool(old.lpar))
+            return self._hole(self._holes[id(code.value)].expression(), enclosed or bool(old.lpar))
         return cast(cst.BaseExpression, self._visit(code.value, enclosed or bool(old.lpar)))
 
     def _open_holes(self, code: cst.CSTNode, edit: Replace) -> None:
         """Tells the names in `code` that stand for holes from others, and marks the way to them."""
         self._alive.append(code)
-        holes = [self.region.find(hole) for hole in edit.holes]
+        holes = [self._hole_for(hole) for hole in edit.holes]
 
         def search(node: cst.CSTNode) -> bool:
             number = snippet.hole_number(node)
@@ -204,6 +223,10 @@ class Rewriter:
             return found
 
         search(code)
+
+    def _hole_for(self, node: ast.expr) -> _Hole:
+        found = self.region.find(node)
+        return _Hole(found, isinstance(node, ast.Slice | ast.Starred) or bool(self._whole_index(node, found)))
 
     def _hole(self, hole: cst.BaseExpression, enclosed: bool) -> cst.BaseExpression:
         """What has become of a hole, without the parentheses it stood in if nothing but a bracket is in them."""
@@ -238,15 +261,42 @@ class Rewriter:
         words = _joins(before, code[:1]) or _joins(code[-1:], after) or (_is_word(before) and code[:1] in "'\"")
         return words or (before == "{" and code.startswith("{"))
 
+    # Holes and edits that are parts of an index, or starred
+
     def _slice(self, old: cst.BaseSlice) -> cst.CSTNode:
         edit = self._replacements[id(old)]
-        self._made.add(id(edit))
-        elements = snippet.slices(edit.code, self.source)
+        elements = self._index(edit)
         if len(elements) != 1:
             raise EditError(f"{self.source.location(edit.node)}: one slice cannot become several")
-        self._open_holes(elements[0], edit)
-        changed = cast(cst.SubscriptElement, self._visit(elements[0], enclosed=True))
-        return changed.slice
+        return cst.ensure_type(elements[0], cst.SubscriptElement).slice
+
+    def _index(self, edit: Replace) -> list[cst.CSTNode]:
+        self._made.add(id(edit))
+        code = snippet.subscript(edit.code, self.source)
+        self._open_holes(code, edit)
+        return list(cast(cst.Subscript, self._visit(code, enclosed=True)).slice)
+
+    def _element_hole(self, element: cst.CSTNode) -> _Hole | None:
+        """The hole that stands for a whole element: no expression, but `*a`, `a:b` or `a:b, c`."""
+        value = element.slice if isinstance(element, cst.SubscriptElement) else element
+        value = getattr(value, "value", value)
+        hole = self._holes.get(id(value))
+        return hole if hole is not None and hole.is_element else None
+
+    def _element_of_hole(self, old: cst.CSTNode, hole: _Hole) -> list[cst.CSTNode]:
+        if isinstance(hole.node, cst.Slice) and isinstance(old, cst.SubscriptElement):
+            return [old.with_changes(slice=self._visit(hole.node, enclosed=True))]
+        if isinstance(hole.node, cst.Subscript) and isinstance(old, cst.SubscriptElement):
+            *most, last = cast(cst.Subscript, self._visit(hole.node, enclosed=True)).slice
+            return [*most, last.with_changes(comma=old.comma)]
+        if isinstance(hole.node, cst.Arg | cst.StarredElement):
+            value = self._visit(hole.node, enclosed=True)
+            starred = cst.ensure_type(value, type(hole.node)).value
+            if isinstance(old, cst.Arg):
+                return [old.with_changes(value=starred, star="*")]
+            if isinstance(old, cst.Element):
+                return [cst.StarredElement(starred, comma=old.comma)]
+        raise EditError(f"{self.source.path}: a hole stands where {type(hole.node).__name__} cannot")
 
     def _additions_to(self, node: cst.CSTNode, enclosed: bool) -> list[cst.CSTNode]:
         new: list[cst.CSTNode] = []
@@ -267,7 +317,7 @@ class Rewriter:
 
     # Statements
 
-    def _block(self, statements: Sequence[cst.BaseStatement], top_level: bool = False) -> Block:
+    def _block(self, statements: Sequence[Statement], top_level: bool = False) -> Block:
         block = Block(top_level)
         for statement in statements:
             if id(statement) not in self._dirty:
@@ -275,7 +325,6 @@ class Rewriter:
             elif isinstance(statement, cst.SimpleStatementLine):
                 block.place(self._line(statement), statement.leading_lines)
             else:
-                assert isinstance(statement, cst.BaseCompoundStatement)
                 block.place(self._pieces(statement), statement.leading_lines)
         return block
 
@@ -299,7 +348,7 @@ class Rewriter:
             body, comments = snippet.statements(replacement.code, self.source)
             for new in body:
                 self._open_holes(new, replacement)
-            changed = [cast(cst.BaseStatement, self._visit(new, enclosed=False)) for new in body]
+            changed = [cast(Statement, self._visit(new, enclosed=False)) for new in body]
             return [Piece(changed, trailing_comments=comments)]
         if self._is_deleted(statement):
             return []
@@ -309,11 +358,11 @@ class Rewriter:
         if isinstance(new_statement, cst.BaseSmallStatement):
             return [Piece.of_small(new_statement)]
         # Its leading lines are given back to it by the block.
-        return [Piece([cast(cst.BaseStatement, new_statement.with_changes(leading_lines=()))])]
+        return [Piece([cast(Statement, new_statement.with_changes(leading_lines=()))])]
 
     def _loses_all_names(self, statement: cst.CSTNode) -> bool:
         parts = elements_of(statement) if isinstance(statement, cst.Import | cst.ImportFrom) else []
-        return bool(parts) and all([self._is_deleted(part) for part in parts])
+        return bool(parts) and all(self._is_deleted(part) for part in parts)
 
     def _suite(self, suite: cst.SimpleStatementSuite) -> cst.BaseSuite:
         """A suite on the line of its header stays there while it can."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import libcst as cst
 
+from modernizer.apply_edits.blocks import Statement
 from modernizer.edit import EditError
 from modernizer.source import SourceFile
 
@@ -33,11 +34,9 @@ def expression(code: str, source: SourceFile) -> cst.BaseExpression:
     return _reindented(node, source)
 
 
-def slices(code: str, source: SourceFile) -> Sequence[cst.SubscriptElement]:
-    """What stands between the brackets of a subscript."""
-    node = expression(f"_[{code}]", source)
-    assert isinstance(node, cst.Subscript)
-    return node.slice
+def subscript(code: str, source: SourceFile) -> cst.Subscript:
+    """A subscript with `code` between its brackets."""
+    return cst.ensure_type(expression(f"_[{code}]", source), cst.Subscript)
 
 
 def parameter(code: str, source: SourceFile) -> cst.Param:
@@ -46,15 +45,15 @@ def parameter(code: str, source: SourceFile) -> cst.Param:
     return function.params.params[0]
 
 
-def statements(code: str, source: SourceFile) -> tuple[list[cst.BaseStatement], list[cst.EmptyLine]]:
+def statements(code: str, source: SourceFile) -> tuple[list[Statement], list[cst.EmptyLine]]:
     """Statements, and the comments behind the last of them. Indentation and line endings become the file's."""
     module = _module(code.strip("\n") + "\n", source, code)
     if not module.body:
         return [], [*module.header, *module.footer]
-    first = cst.ensure_type(module.body[0], cst.CSTNode)
-    leading = (*module.header, *getattr(first, "leading_lines", ()))
+    first = module.body[0]
+    leading = (*module.header, *first.leading_lines)
     body = [first.with_changes(leading_lines=leading), *module.body[1:]]
-    return [_reindented(statement, source) for statement in body], list(module.footer)  # type: ignore[type-var]
+    return [_reindented(statement, source) for statement in body], list(module.footer)
 
 
 def _module(code: str, source: SourceFile, original: str) -> cst.Module:
@@ -92,6 +91,4 @@ _Node = TypeVar("_Node", bound=cst.CSTNode)
 def _reindented(node: _Node, source: SourceFile) -> _Node:
     if source.indentation == "    ":
         return node
-    changed = node.visit(_Reindent(source.indentation))
-    assert isinstance(changed, cst.CSTNode)
-    return changed  # type: ignore[return-value]
+    return cast(_Node, node.visit(_Reindent(source.indentation)))
