@@ -95,8 +95,10 @@ def apply(
 ) -> None:
     """Rewrite files and folders in place, or say why not."""
     from modernizer import pipeline
+    from modernizer.vendoring import vendor as use_vendored
 
-    rules, options, steps = _selected(names), _rule_options(switches), list[pipeline.Step]()
+    rules, options = _selected(names), _rule_options(switches)
+    steps: list[pipeline.Step] = [use_vendored] if vendor else []
     if verify:
         steps.append(_proof(paths, model, inputs, call, options))
     elif model or inputs or call:
@@ -156,7 +158,7 @@ def verify(
 ) -> None:
     """Run a model before and after a rewrite, and show what changed and what did not.
 
-    What is checked follows from the effect: that of the rules given, else the one given, else that of all rules that
+    What is checked follows from the effect: the one given, else that of the rules given, else that of all rules that
     find less to do afterwards.
     """
     from modernizer.proving import weakest

@@ -7,9 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from modernizer.project import Project
-from modernizer.proving import NotVerified
 from modernizer.reading import read
-from modernizer.report import FileChange, Problem, Report, Site, Status, line_in, plan_sites, shown, upgrade_site
+from modernizer.report import (
+    FileChange,
+    Objection,
+    Problem,
+    Report,
+    Site,
+    Status,
+    line_in,
+    plan_sites,
+    shown,
+    upgrade_site,
+)
 from modernizer.rounds import Placed, in_order, plan, run_to_fixpoint, within_named
 from modernizer.rule import Rule
 from modernizer.source import Location
@@ -28,7 +38,7 @@ def upgrade(
 ) -> Report:
     """Applies rules to files and folders until they find nothing more to do; writes all changes or none.
 
-    Each of `steps` gets the report before anything is written and may amend its changes; where one raises NotVerified
+    Each of `steps` gets the report before anything is written and may amend its changes; where one raises Objection
     nothing is written.
     """
     report = Report("apply")
@@ -47,7 +57,7 @@ def upgrade(
             write_all([_to_write(change) for change in report.changes])
             report.written = True
             report.sites = _sites(ledger.sites, ledger.state.project, Status.DONE)
-    except NotVerified as error:
+    except Objection as error:
         report.remarks.append(str(error))
     except TransactionError as error:
         report.problems.append(Problem(str(error)))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modernizer.report import FileChange, Report
+from modernizer.report import FileChange, Objection, Report
 from modernizer.rule import Effect
 
 
@@ -22,15 +21,13 @@ class Experiment:
     timeout: float = 120
 
 
-class NotVerified(Exception):
-    """The rewritten program does not do what was promised. `str()` of it says what was tried."""
-
-
 def prove(report: Report, paths: Sequence[Path], experiment: Experiment, options: Mapping[str, bool]) -> None:
     """Runs the program as it is on disk and as it would be, adds what was found to the report.
 
-    Raises NotVerified where a promise does not hold, and modernizer.verify.VerifyError where nothing can be run.
+    Raises Objection where a promise does not hold, and modernizer.verify.VerifyError where nothing can be run.
     """
+    import tempfile
+
     from modernizer.verify import verify
 
     made = {site.rule: site.effect for site in report.sites if site.status.is_made}
@@ -51,7 +48,7 @@ def prove(report: Report, paths: Sequence[Path], experiment: Experiment, options
             budget=None if options.get("keep_hidden") else 2.0,
         )
     if not report.verification.passed:
-        raise NotVerified(str(report.verification))
+        raise Objection(f"{report.verification}\nnothing was written")
 
 
 def weakest(effects: Iterable[Effect]) -> Effect:

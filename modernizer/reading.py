@@ -12,6 +12,7 @@ from modernizer import model_map
 from modernizer.project import Project, python_files
 from modernizer.report import Problem, shown
 from modernizer.rule import Rule
+from modernizer.vendoring import is_vendored
 
 if TYPE_CHECKING:
     from modernizer.model_map import ModelMap
@@ -40,7 +41,8 @@ def read_project(paths: Sequence[Path], problems: list[Problem], remarks: list[s
     problems += [Problem(error.reason, error.path) for error in project.errors]
     sources = [source for path in project.named if (source := project.source(path))]
     remarks += [f"{shown(source.path)}: empty file, nothing to do" for source in sources if not source.text.strip()]
-    return project if sources else None
+    own = [source.path for source in sources if not is_vendored(source)]
+    return narrowed(project, own) if own else None
 
 
 def read_state(project: Project, problems: list[Problem]) -> State | None:

@@ -6,9 +6,10 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
-import importlib.resources
 import pkgutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import codemods
@@ -51,11 +52,9 @@ def all_options() -> list[Option]:
 
 def page(rule: Rule) -> str:
     """The Markdown page beside the rule's module, '' where it has none."""
-    package, _, name = type(rule).__module__.rpartition(".")
-    if not package:
-        return ""
-    file = importlib.resources.files(package).joinpath(f"{name}.md")
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+    module = sys.modules[type(rule).__module__]
+    file = Path(module.__file__).with_suffix(".md") if module.__file__ else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else ""
 
 
 def _shipped() -> Iterator[Rule]:

@@ -67,6 +67,10 @@ class FileChange:
     text: str
 
 
+class Objection(Exception):
+    """The changes of a run must not be written. `str()` of it says why."""
+
+
 @dataclass
 class Report:
     """The result of one run of `apply` or `check`. `written` says whether the changes are on disk."""
@@ -143,7 +147,9 @@ def summary_line(report: Report) -> str:
     if report.command != "apply":
         return found
     files = _plural(len(report.changes), "file")
-    return f"{found}; " + (f"{files} written" if report.written else f"{files} would change, nothing written")
+    if not report.changes:
+        return f"{found}; nothing written"
+    return f"{found}; {files} written" if report.written else f"{found}; {files} would change, nothing written"
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from fake_rules import Crash, Rename, fake_map, write
 from modernizer import model_map, pipeline
 from modernizer.edit import Edit, Insert, Replace
 from modernizer.project import Project
-from modernizer.proving import NotVerified
-from modernizer.report import FileChange, Report, Site, Status, diff_lines
+from modernizer.report import FileChange, Objection, Report, Site, Status, diff_lines
 from modernizer.rounds import in_order
 from modernizer.rule import Upgrade
 from modernizer.source import SourceFile
@@ -124,7 +123,7 @@ class TestApply:
         (path,) = write(tmp_path, a="x = old\n")
 
         def step(report: Report) -> None:
-            raise NotVerified("the outputs differ")
+            raise Objection("the outputs differ")
 
         report = pipeline.upgrade([path], [Rename()], {}, steps=[step])
         assert path.read_text() == "x = old\n"
