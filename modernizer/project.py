@@ -12,7 +12,9 @@ EXTERNAL = frozenset(
     "torch numpy math einops typing typing_extensions collections functools copy itertools os sys dataclasses abc"
     " warnings random json re time enum operator logging tqdm scipy pandas torchvision torchtext torchaudio".split()
 )
-SKIPPED_FOLDERS = frozenset({".git", ".venv", "venv", "__pycache__", "node_modules", "build", "dist", ".eggs", "site-packages"})
+SKIPPED_FOLDERS = frozenset(
+    {".git", ".venv", "venv", "__pycache__", "node_modules", "build", "dist", ".eggs", "site-packages"}
+)
 LEVELS_UP = 8  # how many parent folders may be the root that an absolute import starts from
 
 

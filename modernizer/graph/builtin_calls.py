@@ -162,7 +162,13 @@ def _is_instance(value: Value, kind: Value) -> bool | None:
     if isinstance(value, Table) and isinstance(kind, External):
         return kind.dotted == "builtins.dict"
     if isinstance(value, Const) and isinstance(kind, External):
-        types = {"builtins.int": int, "builtins.float": float, "builtins.str": str, "builtins.bool": bool, "builtins.tuple": tuple}
+        types = {
+            "builtins.int": int,
+            "builtins.float": float,
+            "builtins.str": str,
+            "builtins.bool": bool,
+            "builtins.tuple": tuple,
+        }
         return isinstance(value.value, types[kind.dotted]) if kind.dotted in types else False
     if isinstance(value, Function) and isinstance(kind, External):
         return False
@@ -246,7 +252,10 @@ def clone(m: Machine, value: Value, seen: dict[int, Value]) -> Value:
         m.modules.append(made)
         made.args = {key: clone(m, item, seen) for key, item in value.args.items()}
         made.attributes = {key: clone(m, item, seen) for key, item in value.attributes.items()}
-        children = [*made.attributes.items(), *((str(i), c) for i, c in enumerate(made.children.items if made.children else []))]
+        children = [
+            *made.attributes.items(),
+            *((str(i), c) for i, c in enumerate(made.children.items if made.children else [])),
+        ]
         for name, child in children:
             calls.adopt(made, child, name)
         return made
@@ -270,7 +279,11 @@ def type_(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: di
 @handles("torch.utils.checkpoint.checkpoint")
 def checkpoint(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: dict[str, Value]) -> Value:
     """`checkpoint(f, *args)` is `f(*args)` as far as values go."""
-    left = {k: v for k, v in kwargs.items() if k not in ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")}
+    left = {
+        k: v
+        for k, v in kwargs.items()
+        if k not in ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
+    }
     return calls.invoke(m, frame, node, args[0], args[1:], left) if args else Const(None)
 
 
@@ -281,6 +294,8 @@ def as_is(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: di
 
 # -- methods of containers and modules
 
+STRING_METHODS = frozenset("lower upper strip format split replace startswith endswith".split())
+
 
 def method(
     m: Machine, frame: Frame, node: ast.AST, receiver: Value, name: str, args: list[Value], kwargs: dict[str, Value]
@@ -290,12 +305,12 @@ def method(
         return _list_method(m, frame, node, receiver, name, args)
     if isinstance(receiver, Table):
         return _table_method(m, frame, node, receiver, name, args, kwargs)
-    if isinstance(receiver, Const) and isinstance(receiver.value, str) and all(isinstance(a, Const) for a in args):
-        if name in ("lower", "upper", "strip", "format", "split", "replace", "startswith", "endswith", "join"):
-            try:
-                made = getattr(receiver.value, name)(*(a.value for a in args if isinstance(a, Const)))
-            except (TypeError, ValueError, IndexError, KeyError):
-                return unknown(m, frame, node, args, name)
+    if isinstance(receiver, Const) and isinstance(receiver.value, str) and name in STRING_METHODS:
+        try:
+            made = getattr(receiver.value, name)(*(a.value if isinstance(a, Const) else a for a in args))
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError):
+            return unknown(m, frame, node, args, name)
+        if all(isinstance(a, Const) for a in args):
             return Many([Const(v) for v in made]) if isinstance(made, list) else Const(made)
     return m.node("opaque", (receiver, *args), node, frame, kwargs, name=name)
 
@@ -350,7 +365,9 @@ def _table_method(
     return m.node("opaque", (table, *args), node, frame, kwargs, name=name)
 
 
-SELF_RETURNING = frozenset("to cuda cpu float half double bfloat16 train eval requires_grad_ type apply xpu share_memory".split())
+SELF_RETURNING = frozenset(
+    "to cuda cpu float half double bfloat16 train eval requires_grad_ type apply xpu share_memory".split()
+)
 
 
 def module_method(

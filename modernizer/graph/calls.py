@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from modernizer.graph import builtin_calls, containers, torch_layers
 from modernizer.graph.inplace import rebind
 from modernizer.graph.machine import MAX_DEPTH, Dead, Machine
-from modernizer.graph.torch_api import CALLS, MODULE_OPS, RANDOM_WEIGHT_FILLERS, SIGNATURES, function_operation, operation
+from modernizer.graph.torch_api import (
+    CALLS,
+    MODULE_OPS,
+    RANDOM_WEIGHT_FILLERS,
+    SIGNATURES,
+    function_operation,
+    operation,
+)
 from modernizer.graph.values import (
     Class,
     Const,
@@ -64,7 +71,7 @@ def call(m: Machine, frame: Frame, node: ast.expr) -> Value:
     if isinstance(node.func, ast.Name) and node.func.id == "super":
         return _super(m, frame, node)
     callee = m.evaluate(frame, node.func)
-    args, is_open = spread(m, frame, node.args)
+    args, _ = spread(m, frame, node.args)
     kwargs: dict[str, Value] = {}
     for keyword in node.keywords:
         value = m.evaluate(frame, keyword.value)
@@ -170,12 +177,12 @@ def _run_body(m: Machine, made: Frame, body: list[ast.stmt]) -> None:
     made.result = m.merge(values, made.call, made) if values else Const(None)
 
 
-def _bind_arguments(
-    m: Machine, made: Frame, function: Function, args: list[Value], kwargs: dict[str, Value]
-) -> None:
+def _bind_arguments(m: Machine, made: Frame, function: Function, args: list[Value], kwargs: dict[str, Value]) -> None:
     spec = function.node.args
     positional = [*spec.posonlyargs, *spec.args]
-    defaults = dict(zip([a.arg for a in positional[len(positional) - len(spec.defaults) :]], spec.defaults, strict=True))
+    defaults = dict(
+        zip([a.arg for a in positional[len(positional) - len(spec.defaults) :]], spec.defaults, strict=True)
+    )
     defaults.update({a.arg: d for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None})
     rest = kwargs.pop("**", None)
     for parameter in positional:
@@ -192,7 +199,7 @@ def _bind_arguments(
     if spec.vararg:
         made.arguments[spec.vararg.arg] = Many(args, "tuple")
     if spec.kwarg:
-        made.arguments[spec.kwarg.arg] = Table(dict(kwargs), open=rest is not None)
+        made.arguments[spec.kwarg.arg] = Table(dict(kwargs.items()), open=rest is not None)
     made.names.update(made.arguments)
     for parameter in (*positional, *spec.kwonlyargs):
         m.at[parameter].append((made, made.arguments[parameter.arg]))
@@ -429,7 +436,8 @@ MODULE_METHODS = frozenset(
     " get_parameter get_submodule half insert items keys load_state_dict modules named_buffers named_children"
     " named_modules named_parameters parameters register_backward_hook register_buffer register_forward_hook"
     " register_forward_pre_hook register_full_backward_hook register_module register_parameter requires_grad_ "
-    " set_submodule share_memory state_dict to train type update values xpu zero_grad __init__ __call__ pop clear".split()
+    " set_submodule share_memory state_dict to train type update values xpu zero_grad __init__ __call__ pop"
+    " clear".split()
 )
 
 
@@ -459,7 +467,7 @@ def _datum_method(
     if op == "shape":
         if args and isinstance(args[0], Const):
             return m.node("dim", (receiver, args[0]), node, frame)
-        return m.node("shape", (receiver, *args), node, frame) if not args else m.node("dim", (receiver, *args), node, frame)
+        return m.node("dim" if args else "shape", (receiver, *args), node, frame)
     if op == "dim" or op == "ndimension":
         return m.node("rank", (receiver,), node, frame)
     if receiver.op == "config" or (receiver.op == "unknown" and not receiver.args):

@@ -47,8 +47,9 @@ def fold(name: str, left: object, right: object) -> Const | None:
         result = FOLD[name](left, right)
     except (TypeError, ZeroDivisionError, OverflowError, ValueError):
         return None
-    too_large = isinstance(result, int) and abs(result) > LARGEST or isinstance(result, str) and len(result) > 1000
-    return None if too_large else Const(result)
+    if (isinstance(result, int) and abs(result) > LARGEST) or (isinstance(result, str) and len(result) > 1000):
+        return None
+    return Const(result)
 
 
 def repeated(many: Many, count: Value, node: ast.AST) -> Many:
@@ -135,7 +136,7 @@ def subscript(m: Machine, frame: Frame, node: ast.Subscript, receiver: Value, in
         return _element(m, frame, node, receiver, many, index)
     if isinstance(receiver, Const) and isinstance(receiver.value, tuple | str) and isinstance(index, Const):
         try:
-            return Const(receiver.value[index.value])  # type: ignore[index]
+            return Const(receiver.value[index.value])  # type: ignore[index,call-overload]
         except (TypeError, IndexError):
             return m.node("getitem", (receiver, index), node, frame)
     if isinstance(receiver, Node) and receiver.op == "shape":

@@ -28,11 +28,15 @@ from modernizer.graph.values import (
 E = TypeVar("E", bound=ast.expr)
 
 
-def evaluates(kind: type[E]) -> Callable[[Callable[[Machine, Frame, E], Value]], Callable[[Machine, Frame, E], Value]]:
-    """Registers the handler of one expression type."""
+Handler = Callable[[Machine, Frame, E], Value]
 
-    def register(handler: Callable[[Machine, Frame, E], Value]) -> Callable[[Machine, Frame, E], Value]:
-        Machine.expressions[kind] = handler  # type: ignore[assignment]
+
+def evaluates(*kinds: type[E]) -> Callable[[Handler[E]], Handler[E]]:
+    """Registers the handler of expression types."""
+
+    def register(handler: Handler[E]) -> Handler[E]:
+        for kind in kinds:
+            Machine.expressions[kind] = handler  # type: ignore[assignment]
         return handler
 
     return register
@@ -162,7 +166,10 @@ def unary(m: Machine, frame: Frame, node: ast.UnaryOp) -> Value:
         known = truth_of(value)
         return Const(not known) if known is not None else m.node("not", (value,), node, frame)
     if isinstance(value, Const) and isinstance(value.value, int | float):
-        return Const({ast.USub: lambda v: -v, ast.UAdd: lambda v: +v}.get(type(node.op), lambda v: ~int(v))(value.value))
+        number = value.value
+        return Const(
+            -number if isinstance(node.op, ast.USub) else +number if isinstance(node.op, ast.UAdd) else ~int(number)
+        )
     return m.node({ast.USub: "neg", ast.UAdd: "pos"}.get(type(node.op), "invert"), (value,), node, frame)
 
 
@@ -204,9 +211,7 @@ def conditional(m: Machine, frame: Frame, node: ast.IfExp) -> Value:
     return m.merge([m.evaluate(frame, node.body), m.evaluate(frame, node.orelse)], node.test, frame)
 
 
-@evaluates(ast.Tuple)
-@evaluates(ast.List)
-@evaluates(ast.Set)
+@evaluates(ast.Tuple, ast.List, ast.Set)
 def display(m: Machine, frame: Frame, node: ast.expr) -> Value:
     assert isinstance(node, ast.Tuple | ast.List | ast.Set)
     items, is_open = calls.spread(m, frame, node.elts)
@@ -273,9 +278,7 @@ def text(m: Machine, frame: Frame, node: ast.JoinedStr) -> Value:
     return Const("".join(parts))
 
 
-@evaluates(ast.ListComp)
-@evaluates(ast.GeneratorExp)
-@evaluates(ast.SetComp)
+@evaluates(ast.ListComp, ast.GeneratorExp, ast.SetComp)
 def comprehension(m: Machine, frame: Frame, node: ast.expr) -> Value:
     assert isinstance(node, ast.ListComp | ast.GeneratorExp | ast.SetComp)
     result = Many([], "list", False, node)
@@ -326,8 +329,7 @@ def _generate(
     frame.names.update(before)
 
 
-@evaluates(ast.Await)
-@evaluates(ast.YieldFrom)
+@evaluates(ast.Await, ast.YieldFrom)
 def passed_on(m: Machine, frame: Frame, node: ast.expr) -> Value:
     assert isinstance(node, ast.Await | ast.YieldFrom)
     value = m.evaluate(frame, node.value)

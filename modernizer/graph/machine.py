@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from modernizer.graph.scope import Scopes
 from modernizer.graph.values import Const, Frame, Many, Module, Node, Object, Table, Value, flatten
@@ -37,8 +38,8 @@ class Machine:
     id(value) -> the (syntax node, frame) pairs that yielded it. `frames` are all activations, `nodes` all data.
     """
 
-    expressions: dict[type[ast.AST], ExpressionHandler] = {}
-    statements: dict[type[ast.AST], StatementHandler] = {}
+    expressions: ClassVar[dict[type[ast.AST], ExpressionHandler]] = {}
+    statements: ClassVar[dict[type[ast.AST], StatementHandler]] = {}
 
     def __init__(self, project: Project) -> None:
         self.project = project
@@ -161,9 +162,7 @@ class Machine:
             values = [o.names[name] for o in alive if name in o.names]
             frame.names[name] = self.merge(values, at, frame)
 
-    def _join_write(
-        self, frame: Frame, outcomes: Sequence[Outcome], key: tuple[int, str], at: ast.AST | None
-    ) -> None:
+    def _join_write(self, frame: Frame, outcomes: Sequence[Outcome], key: tuple[int, str], at: ast.AST | None) -> None:
         target, name, _, old = next(o.writes[key] for o in outcomes if key in o.writes)
         values = [o.writes[key][2] if key in o.writes else old for o in outcomes]
         if isinstance(target, Many):

@@ -11,8 +11,8 @@ from modernizer.source import Location
 # The same values in the same places: only noise, precision or memory differ.
 IDENTITY = frozenset(
     "dropout clone contiguous detach to type float half bfloat16 double cuda cpu type_as data requires_grad identity"
-    " fill_diagonal alias".split()
-) - {"fill_diagonal"}
+    " alias".split()
+)
 # The same values, elsewhere: axes moved, split, joined, picked or repeated.
 VIEWS = IDENTITY | frozenset(
     "view reshape permute transpose t mT movedim unsqueeze squeeze flatten unflatten expand expand_as repeat"
@@ -20,7 +20,7 @@ VIEWS = IDENTITY | frozenset(
     " tensor_split swapaxes unfold".split()
 )
 ACTIVATIONS = frozenset(
-    "relu relu6 gelu silu elu selu celu leaky_relu prelu mish hardswish sigmoid tanh softplus softsign quick_gelu".split()
+    "relu relu6 gelu silu elu selu celu leaky_relu prelu mish hardswish sigmoid tanh softplus softsign".split()
 )
 NORMS = frozenset("layer_norm rms_norm batch_norm group_norm instance_norm".split())
 SHAPES = frozenset("shape dim rank numel".split())
@@ -159,7 +159,7 @@ def is_torch(module: Value | None, *names: str) -> bool:
 
 
 def same_size(a: Value, b: Value) -> bool:
-    """Whether two size expressions are built alike from the same parts: `cfg.dim` and `cfg.dim`, `4 * d` and `4 * d`."""
+    """Whether two size expressions are built alike from the same parts, as `4 * cfg.dim` and `4 * cfg.dim` are."""
     if a is b:
         return True
     if isinstance(a, Const) and isinstance(b, Const):

@@ -131,7 +131,9 @@ def open_arguments(machine: Machine, frame: Frame, node: ast.FunctionDef, scope:
     spec = node.args
     positional = [*spec.posonlyargs, *spec.args]
     is_static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
-    defaults = dict(zip([a.arg for a in positional[len(positional) - len(spec.defaults) :]], spec.defaults, strict=True))
+    defaults = dict(
+        zip([a.arg for a in positional[len(positional) - len(spec.defaults) :]], spec.defaults, strict=True)
+    )
     defaults.update({a.arg: d for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None})
     values: dict[str, Value] = {}
     for parameter in [*(positional if is_static or op == "argument" else positional[1:]), *spec.kwonlyargs]:
@@ -140,7 +142,9 @@ def open_arguments(machine: Machine, frame: Frame, node: ast.FunctionDef, scope:
             if isinstance(default, External | Class | Function):
                 values[parameter.arg] = default
                 continue
-        values[parameter.arg] = machine.node("input" if op == "argument" else op, (), parameter, frame, name=parameter.arg)
+        values[parameter.arg] = machine.node(
+            "input" if op == "argument" else op, (), parameter, frame, name=parameter.arg
+        )
     return values
 
 

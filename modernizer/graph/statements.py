@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from modernizer.graph import containers
@@ -15,11 +16,12 @@ from modernizer.graph.values import Class, Const, Frame, Function, Many, Module,
 S = TypeVar("S", bound=ast.stmt)
 
 
-def executes(kind: type[S]) -> Callable[[Callable[[Machine, Frame, S], None]], Callable[[Machine, Frame, S], None]]:
-    """Registers the handler of one statement type."""
+def executes(*kinds: type[S]) -> Callable[[Callable[[Machine, Frame, S], None]], Callable[[Machine, Frame, S], None]]:
+    """Registers the handler of statement types."""
 
     def register(handler: Callable[[Machine, Frame, S], None]) -> Callable[[Machine, Frame, S], None]:
-        Machine.statements[kind] = handler  # type: ignore[assignment]
+        for kind in kinds:
+            Machine.statements[kind] = handler  # type: ignore[assignment]
         return handler
 
     return register
@@ -54,12 +56,14 @@ def augmented(m: Machine, frame: Frame, node: ast.AugAssign) -> None:
         load.open = load.open or (isinstance(value, Many) and value.open)
         return
     made = containers.binary(m, frame, node, node.op, load, value)
+    if isinstance(load, Node) and isinstance(made, Node) and load.op not in NUMBERS:
+        rebind(m, frame, load, made)  # a tensor changes for everybody who holds it
     bind(m, frame, node.target, made)
-    if isinstance(load, Node) and isinstance(made, Node) and not isinstance(node.target, ast.Name):
-        return
     m.reads[id(made)].append((node.target, frame))
 
 
+# Data that are numbers: `n += 1` gives the name another number and changes nobody else's.
+NUMBERS = frozenset({"dim", "rank", "numel", "shape", "config", "int", "float", "len", "merge"})
 _loads: dict[ast.AST, ast.expr] = {}
 
 
@@ -165,7 +169,7 @@ def choose(m: Machine, frame: Frame, node: ast.If) -> None:
 def loop(m: Machine, frame: Frame, node: ast.For) -> None:
     iterable = m.evaluate(frame, node.iter)
     items = containers.items_of(m, frame, iterable, node.iter)
-    _iterate(m, frame, node, [lambda item=item: bind(m, frame, node.target, item) for item in items])
+    _iterate(m, frame, node, [partial(bind, m, frame, node.target, item) for item in items])
 
 
 @executes(ast.While)
@@ -223,7 +227,7 @@ def attempt(m: Machine, frame: Frame, node: ast.Try) -> None:
         m.execute(frame, node.orelse)
 
     outcomes = [m.branch(frame, main)]
-    outcomes += [m.branch(frame, lambda h=handler: m.execute(frame, h.body)) for handler in node.handlers]  # type: ignore[misc]
+    outcomes += [m.branch(frame, partial(m.execute, frame, handler.body)) for handler in node.handlers]
     try:
         m.join(frame, outcomes, node)
     finally:
@@ -255,8 +259,7 @@ def claim(m: Machine, frame: Frame, node: ast.Assert) -> None:
     m.evaluate(frame, node.test)
 
 
-@executes(ast.Import)
-@executes(ast.ImportFrom)
+@executes(ast.Import, ast.ImportFrom)
 def bring(m: Machine, frame: Frame, node: ast.stmt) -> None:
     """An import inside a function binds like one at the top."""
     if isinstance(node, ast.Import):

@@ -52,7 +52,8 @@ SIGNATURES = {
 
 # Parameter names of the calls of torch's modules and of functions, receiver or input first.
 CALLS = {
-    "mha": ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal"),
+    "mha": ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights",
+            "is_causal"),
     "torch_encoder_layer": ("src", "src_mask", "src_key_padding_mask", "is_causal"),
     "torch_decoder_layer": ("tgt", "memory", "tgt_mask", "memory_mask", "tgt_key_padding_mask",
                             "memory_key_padding_mask", "tgt_is_causal", "memory_is_causal"),
@@ -70,13 +71,15 @@ CALLS = {
     "triu": ("input", "diagonal"), "mean": ("input", "dim", "keepdim"), "sum": ("input", "dim", "keepdim"),
     "var": ("input", "dim", "unbiased", "keepdim"), "std": ("input", "dim", "unbiased", "keepdim"),
     "pow": ("input", "exponent"), "embedding": ("input", "weight"), "linear": ("input", "weight", "bias"),
-    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"),
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale",
+                                     "enable_gqa"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"), "rearrange": ("input", "pattern"),
     "add": ("input", "other", "alpha"), "sub": ("input", "other", "alpha"), "mul": ("input", "other"),
     "div": ("input", "other", "rounding_mode"), "baddbmm": ("input", "batch1", "batch2", "beta", "alpha"),
     "addmm": ("input", "mat1", "mat2", "beta", "alpha"), "narrow": ("input", "dim", "start", "length"),
     "index_select": ("input", "dim", "index"), "gather": ("input", "dim", "index"), "select": ("input", "dim", "index"),
-    "relu": ("input", "inplace"), "gelu": ("input", "approximate"), "leaky_relu": ("input", "negative_slope", "inplace"),
+    "relu": ("input", "inplace"), "gelu": ("input", "approximate"),
+    "leaky_relu": ("input", "negative_slope", "inplace"),
 }  # fmt: skip
 
 SAME = {

@@ -5,7 +5,20 @@ from __future__ import annotations
 import ast
 
 from modernizer.graph.machine import Machine
-from modernizer.graph.values import Class, Const, External, Frame, Function, Many, Method, Node, Object, Partial, Table, Value
+from modernizer.graph.values import (
+    Class,
+    Const,
+    External,
+    Frame,
+    Function,
+    Many,
+    Method,
+    Node,
+    Object,
+    Partial,
+    Table,
+    Value,
+)
 
 
 def truth(m: Machine, frame: Frame, test: ast.expr, value: Value) -> bool | None:
