@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
