@@ -28,9 +28,8 @@ def vendor(report: Report) -> None:
         if imports:
             needed.setdefault(change.path.parent, set()).update(alias.name for node in imports for alias in node.names)
             report.changes[index] = replace(change, text=_respelled(change, imports))
-    report.changes += [
-        change for folder, names in needed.items() if (change := _module(folder / f"{MODULE}.py", names))
-    ]
+    modules = [_module(folder / f"{MODULE}.py", names) for folder, names in needed.items()]
+    report.changes += [module for module in modules if module]
 
 
 def is_vendored(source: SourceFile) -> bool:
