@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Effect(enum.Enum):
-    """What a rewrite promises about the rewritten model. `check`, `apply`, `explain`, `verify` and the docs read it here."""
+    """What a rewrite promises about the rewritten model; commands and docs all read it here."""
 
     EXACT = "exact"
     FUNCTION = "function"
@@ -26,7 +26,7 @@ class Effect(enum.Enum):
         return {
             Effect.EXACT: "same outputs and same gradients on shared parameters",
             Effect.FUNCTION: "same parameters, another function: shapes, causality and gradient flow hold",
-            Effect.PARAMETERS: "new or resized parameters: shapes, causality and gradient flow hold, the budget is reported",
+            Effect.PARAMETERS: "new or resized parameters; shapes, causality, gradient flow hold; budget reported",
         }[self]
 
 

@@ -50,6 +50,8 @@ class Machine:
         self.at: dict[ast.AST, list[tuple[Frame, Value]]] = defaultdict(list)
         self.reads: dict[int, list[tuple[ast.AST, Frame]]] = defaultdict(list)
         self.results: dict[int, list[Frame]] = defaultdict(list)
+        self.loads: dict[ast.AST, ast.expr] = {}  # the target of `+=` as an expression
+        self.loops: dict[int, list[Loop]] = {}  # the loops active in a frame, by its id
         self.steps = 0
         self.run = 0
         self.journals: list[dict[tuple[int, str], tuple[object, str, object]]] = []
@@ -175,6 +177,14 @@ class Machine:
         elif isinstance(target, Object):
             known = [v for v in values if isinstance(v, Value)]
             self.set_attribute(target, name, self.merge(known, at, frame))
+
+
+class Loop:
+    """The names that `break` and `continue` carry out of one iteration."""
+
+    def __init__(self) -> None:
+        self.broken: list[dict[str, Value]] = []
+        self.continued: list[dict[str, Value]] = []
 
 
 class Outcome:

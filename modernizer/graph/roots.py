@@ -57,11 +57,18 @@ def execute(project: Project) -> Graph:
     return graph
 
 
+OTHER_FRAMEWORKS = frozenset(
+    "paddle tensorflow keras mxnet gluon flax jax haiku mindspore chainer oneflow tinygrad".split()
+)
+
+
 def is_module_class(cls: Class) -> bool:
     """Whether instances of a class are modules: it inherits torch's, or has a `forward` and a base from outside."""
     if cls.torch_base():
         return cls.torch_base().startswith("torch.nn.")
     outside = any(isinstance(c, External) for c in cls.mro)
+    if any(isinstance(c, External) and c.dotted.split(".")[0] in OTHER_FRAMEWORKS for c in cls.mro):
+        return False
     return outside and any(isinstance(c, Class) and "forward" in c.members for c in cls.mro)
 
 

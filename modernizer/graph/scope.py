@@ -208,4 +208,6 @@ def _exported(module: str, name: str) -> bool:
         return name[:1].isupper() or name in ("functional", "init", "utils", "parallel", "parameter")
     if module == "torch.nn.functional":
         return name[:1].islower() and not hasattr(builtins, name)
+    if module.endswith(".nn"):  # a look-alike framework's layers
+        return name[:1].isupper()
     return module in ("math", "typing", "einops") and not hasattr(builtins, name)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from modernizer.graph import containers
 from modernizer.graph.inplace import rebind
-from modernizer.graph.machine import Dead, Machine, Outcome
+from modernizer.graph.machine import Dead, Loop, Machine, Outcome
 from modernizer.graph.truth import truth
 from modernizer.graph.values import Class, Const, Frame, Function, Many, Module, Node, Object, Table, Value
 
@@ -48,7 +48,7 @@ def annotated(m: Machine, frame: Frame, node: ast.AnnAssign) -> None:
 @executes(ast.AugAssign)
 def augmented(m: Machine, frame: Frame, node: ast.AugAssign) -> None:
     """`x += y` makes a new value; the list form extends the list in place."""
-    load = m.evaluate(frame, _as_load(node.target))
+    load = m.evaluate(frame, _as_load(m, node.target))
     m.at[node.target].append((frame, load))
     value = m.evaluate(frame, node.value)
     if isinstance(load, Many) and isinstance(node.op, ast.Add):
@@ -64,15 +64,14 @@ def augmented(m: Machine, frame: Frame, node: ast.AugAssign) -> None:
 
 # Data that are numbers: `n += 1` gives the name another number and changes nobody else's.
 NUMBERS = frozenset({"dim", "rank", "numel", "shape", "config", "int", "float", "len", "merge"})
-_loads: dict[ast.AST, ast.expr] = {}
 
 
-def _as_load(target: ast.Name | ast.Attribute | ast.Subscript) -> ast.expr:
+def _as_load(m: Machine, target: ast.Name | ast.Attribute | ast.Subscript) -> ast.expr:
     """The target of `+=` read as an expression; one copy each, so that it can be found again."""
-    if target not in _loads:
+    if target not in m.loads:
         fields = {name: getattr(target, name) for name in target._fields if name != "ctx"}
-        _loads[target] = ast.copy_location(type(target)(**fields, ctx=ast.Load()), target)
-    return _loads[target]
+        m.loads[target] = ast.copy_location(type(target)(**fields, ctx=ast.Load()), target)
+    return m.loads[target]
 
 
 def bind(m: Machine, frame: Frame, target: ast.expr, value: Value) -> None:
@@ -126,28 +125,17 @@ def fail(m: Machine, frame: Frame, node: ast.Raise) -> None:
     raise Dead
 
 
-class Loop:
-    """The names that `break` and `continue` carry out of one iteration."""
-
-    def __init__(self) -> None:
-        self.broken: list[dict[str, Value]] = []
-        self.continued: list[dict[str, Value]] = []
-
-
-_loops: dict[int, list[Loop]] = {}
-
-
 @executes(ast.Break)
 def stop(m: Machine, frame: Frame, node: ast.Break) -> None:
-    if _loops.get(id(frame)):
-        _loops[id(frame)][-1].broken.append(dict(frame.names))
+    if m.loops.get(id(frame)):
+        m.loops[id(frame)][-1].broken.append(dict(frame.names))
     raise Dead
 
 
 @executes(ast.Continue)
 def skip(m: Machine, frame: Frame, node: ast.Continue) -> None:
-    if _loops.get(id(frame)):
-        _loops[id(frame)][-1].continued.append(dict(frame.names))
+    if m.loops.get(id(frame)):
+        m.loops[id(frame)][-1].continued.append(dict(frame.names))
     raise Dead
 
 
@@ -180,7 +168,7 @@ def repeat(m: Machine, frame: Frame, node: ast.While) -> None:
 
 def _iterate(m: Machine, frame: Frame, node: ast.For | ast.While, starts: list[Callable[[], None]]) -> None:
     state = Loop()
-    _loops.setdefault(id(frame), []).append(state)
+    m.loops.setdefault(id(frame), []).append(state)
     alive = True
     try:
         for start in starts:
@@ -195,7 +183,7 @@ def _iterate(m: Machine, frame: Frame, node: ast.For | ast.While, starts: list[C
             if not alive:
                 break
     finally:
-        _loops[id(frame)].pop()
+        m.loops[id(frame)].pop()
     if state.broken:
         _merge_names(m, frame, [*([frame.names] if alive else []), *state.broken], node)
     elif not alive:
