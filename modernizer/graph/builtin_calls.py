@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from modernizer.graph import calls, containers
+from modernizer.graph import calls, containers, torch_layers
 from modernizer.graph.machine import KNOWN_REPEATS, UNKNOWN_REPEATS, Machine
 from modernizer.graph.values import (
     Class,
@@ -380,6 +380,8 @@ def module_method(
         if name == "__call__" and module.cls is not None:
             return calls.call_module(m, frame, node, module, args, kwargs)
         return calls.call_torch(m, frame, node, module, args, kwargs)
+    if name == "_ff_block" and "linear1" in module.attributes and len(args) == 1:
+        return torch_layers.run_feed_forward(m, frame, node, module, args)
     if name in ("register_buffer", "register_parameter", "add_module", "register_module"):
         return _register(m, frame, node, module, name, args, kwargs)
     if name == "apply" and args:

@@ -498,12 +498,17 @@ def _external(
             return args[0]
         if short[:1].isupper():
             return make_torch(m, frame, node, dotted, args, kwargs)
-    if dotted.startswith("einops.layers.torch."):
+    if dotted.startswith("einops.layers.torch.") or _is_component_class(dotted):
         return make_torch(m, frame, node, dotted, args, kwargs)
     op = function_operation(dotted)
     if op is None:
         return m.node("opaque", args, node, frame, kwargs, name=dotted)
     return _function(m, frame, node, op, dotted, args, kwargs)
+
+
+def _is_component_class(dotted: str) -> bool:
+    package, _, name = dotted.rpartition(".")
+    return package == "modernizer.components" and name[:1].isupper()
 
 
 def _function(

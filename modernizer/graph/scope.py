@@ -10,8 +10,12 @@ from pathlib import Path
 from modernizer.graph.values import Class, Const, External, Frame, Function, Node, Package, Value
 from modernizer.project import Project
 from modernizer.source import SourceFile
+from modernizer.vendoring import is_vendored
 
 Binding = ast.stmt | ast.alias
+
+# Components that are torch's class with more keywords: the keywords say what is asked of it, not the class.
+DROP_INS = frozenset({"TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer", "MultiheadAttention"})
 
 
 def canonical(dotted: str) -> str:
@@ -20,6 +24,8 @@ def canonical(dotted: str) -> str:
     if parts[:3] == ["torch", "nn", "modules"] and len(parts) > 4:
         return "torch.nn." + parts[-1]
     if parts[:3] == ["torch", "nn", "parameter"]:
+        return "torch.nn." + parts[-1]
+    if parts[:2] == ["modernizer", "components"] and parts[-1] in DROP_INS:
         return "torch.nn." + parts[-1]
     return dotted
 
@@ -44,7 +50,10 @@ class Scopes:
         path = self.project.find_module(importer, module, level)
         if path is None:
             return External(canonical(module))
-        return Package(self.get(path), path)
+        scope = self.get(path)
+        if scope is not None and is_vendored(scope.source):
+            return External("modernizer.components")
+        return Package(scope, path)
 
     def member(self, package: Value, name: str) -> Value | None:
         """What `package.name` gives."""

@@ -18,7 +18,7 @@ MODULE_OPS = {
     "Flatten": "flatten", "Unflatten": "unflatten", "Bilinear": "bilinear",
     "MultiheadAttention": "mha", "TransformerEncoderLayer": "torch_encoder_layer",
     "TransformerDecoderLayer": "torch_decoder_layer", "TransformerEncoder": "torch_encoder",
-    "TransformerDecoder": "torch_decoder", "Transformer": "torch_transformer",
+    "TransformerDecoder": "torch_decoder", "Transformer": "torch_transformer", "GatedSiLU": "swiglu",
 }  # fmt: skip
 
 # Parameter names of the torch.nn constructors that rules look into, in torch's positional order.
@@ -92,7 +92,7 @@ SAME = {
 }  # fmt: skip
 
 FUNCTION_PACKAGES = ("torch.nn.functional.", "torch.special.", "torch.linalg.", "torch.Tensor.", "torch.", "numpy.",
-                     "math.", "einops.", "operator.")  # fmt: skip
+                     "math.", "einops.", "operator.", "modernizer.components.")  # fmt: skip
 
 RANDOM_WEIGHT_FILLERS = "torch.nn.init."
 

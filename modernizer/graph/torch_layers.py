@@ -6,7 +6,7 @@ import ast
 
 from modernizer.graph import builtin_calls, calls
 from modernizer.graph.machine import UNKNOWN_REPEATS, Machine
-from modernizer.graph.values import Class, Const, Frame, Module, Value
+from modernizer.graph.values import Class, Const, External, Frame, Module, Value
 
 # attribute -> (torch class, constructor arguments in terms of the layer's own)
 ENCODER_LAYER = {
@@ -42,6 +42,26 @@ def add_parts(m: Machine, frame: Frame, made: Module, short: str) -> None:
             m.set_attribute(made, name, custom if isinstance(custom, Module) else inner)
     if short in ("TransformerEncoderLayer", "TransformerDecoderLayer"):
         m.set_attribute(made, "norm_first", made.args.get("norm_first", Const(False)))
+        m.set_attribute(made, "activation", _activation(made))
+
+
+def _activation(layer: Module) -> Value:
+    """What a layer applies between its two projections: torch turns the names of functions into functions."""
+    gated = layer.args.get("gated", Const(False))
+    if not isinstance(gated, Const) or gated.value:
+        return External("modernizer.components.swiglu")
+    given = layer.args.get("activation", Const("relu"))
+    if isinstance(given, Const) and given.value in ("relu", "gelu"):
+        return External(f"torch.nn.functional.{given.value}")
+    return given
+
+
+def run_feed_forward(m: Machine, frame: Frame, node: ast.AST, layer: Module, args: list[Value]) -> Value:
+    """torch's own `_ff_block` of a layer whose class is the project's."""
+    value, decoder = args[0], "multihead_attn" in layer.attributes
+    for name in ("linear1", "activation", "dropout", "linear2", "dropout3" if decoder else "dropout2"):
+        value = calls.invoke(m, frame, node, layer.attributes[name], [value], {})
+    return value
 
 
 def run_layers(
