@@ -96,6 +96,11 @@ class SourceFile:
             raise SourceError(self.path, f"cannot be parsed: {error}") from error
 
     @cached_property
+    def parents(self) -> dict[ast.AST, ast.AST]:
+        """The syntax node that each one lies in directly."""
+        return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+
+    @cached_property
     def _line_starts(self) -> list[int]:
         return [0, *(match.end() for match in _NEWLINE.finditer(self.text))]
 

@@ -40,6 +40,8 @@ def apply_edits(source: SourceFile, edits: Sequence[Edit]) -> str:
 
 
 def _edited(source: SourceFile, edits: Sequence[Edit]) -> SourceFile:
+    if not edits:
+        return source
     edited = replace(source, text=_rewritten(source, edits))
     try:
         edited.tree  # noqa: B018 - asks whether it has one

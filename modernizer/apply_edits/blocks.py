@@ -91,8 +91,8 @@ class Block:
         return self.body
 
 
-def one_line(pieces: Sequence[Piece], trailing: cst.TrailingWhitespace) -> list[Piece]:
-    """Pieces of one line of statements: what was there before stays on one line where nothing came between."""
+def one_line(pieces: Sequence[Piece], line: cst.SimpleStatementLine | cst.SimpleStatementSuite) -> list[Piece]:
+    """Pieces of one `line` of statements: what was there before stays on one line where nothing came between."""
     merged: list[Piece] = []
     for piece in pieces:
         previous = merged[-1] if merged else None
@@ -102,7 +102,7 @@ def one_line(pieces: Sequence[Piece], trailing: cst.TrailingWhitespace) -> list[
             merged[-1] = replace(previous, statements=[first.with_changes(body=(*first.body, *second.body))])
         elif piece.statements or piece.trailing_comments:
             merged.append(piece)
-    return _with_trailing(merged, trailing)
+    return _with_ends(merged, line.body[-1].semicolon, line.trailing_whitespace)
 
 
 def _on_one_line(piece: Piece) -> bool:
@@ -114,21 +114,22 @@ def _on_one_line(piece: Piece) -> bool:
     )
 
 
-def _with_trailing(pieces: list[Piece], trailing: cst.TrailingWhitespace) -> list[Piece]:
+def _with_ends(
+    pieces: list[Piece], semicolon: cst.Semicolon | cst.MaybeSentinel, trailing: cst.TrailingWhitespace
+) -> list[Piece]:
     """Gives the comment at the end of the line to the last that stood on it, and drops superfluous semicolons."""
-    own = [piece for piece in pieces if not piece.inserted]
-    for piece in pieces:
-        for number, statement in enumerate(piece.statements):
-            if not isinstance(statement, cst.SimpleStatementLine) or piece.inserted:
-                continue
-            *most, last = statement.body
-            is_end = piece is own[-1] and number == len(piece.statements) - 1
-            if not (is_end and len(pieces) == 1):
-                last = last.with_changes(semicolon=cst.MaybeSentinel.DEFAULT)
-            changed = statement.with_changes(body=[*most, last])
-            if is_end and changed.trailing_whitespace.comment is None:
-                changed = changed.with_changes(trailing_whitespace=trailing)
-            piece.statements[number] = changed
+    own = [(piece, number) for piece in pieces if not piece.inserted for number in range(len(piece.statements))]
+    for piece, number in own:
+        statement = piece.statements[number]
+        if not isinstance(statement, cst.SimpleStatementLine):
+            continue
+        is_end = (piece, number) == own[-1]
+        *most, last = statement.body
+        last = last.with_changes(semicolon=semicolon if is_end else cst.MaybeSentinel.DEFAULT)
+        statement = statement.with_changes(body=[*most, last])
+        if is_end and statement.trailing_whitespace.comment is None:
+            statement = statement.with_changes(trailing_whitespace=trailing)
+        piece.statements[number] = statement
     return pieces
 
 

@@ -13,6 +13,7 @@ from typing import cast
 
 import libcst as cst
 
+from modernizer.apply_edits.parentheses import wrap
 from modernizer.edit import EditError
 
 Gap = cst.BaseParenthesizableWhitespace
@@ -163,6 +164,9 @@ def edit_elements(node: cst.CSTNode, doomed: Sequence[bool], additions: Sequence
     )
     for index in reversed([index for index, goes in enumerate(doomed) if goes]):
         elements.remove(index)
+    if additions:
+        for element in elements.items:
+            element.node = _with_own_parentheses(element.node)
     for addition in additions:
         elements.add(_place_of(addition, elements), addition)
     return _with_elements(node, elements)
@@ -223,6 +227,13 @@ def _brackets(node: cst.CSTNode) -> tuple[Gap, Gap]:
         case cst.ImportFrom(lpar=cst.LeftParen() as left, rpar=cst.RightParen() as right):
             return left.whitespace_after, right.whitespace_before
     return _NOTHING, _NOTHING
+
+
+def _with_own_parentheses(node: cst.CSTNode) -> cst.CSTNode:
+    """A generator that is no longer the only argument cannot share the call's parentheses."""
+    if isinstance(node, cst.Arg) and isinstance(node.value, cst.GeneratorExp) and not node.value.lpar:
+        return node.with_changes(value=wrap(node.value))
+    return node
 
 
 def _place_of(addition: cst.CSTNode, elements: Elements) -> int:

@@ -51,7 +51,10 @@ class Rewriter:
 
     def rewrite(self) -> cst.Module:
         """The region's module with all edits made; raises EditConflict where one edit does away with another."""
-        block = self._block(self.region.module.body, top_level=True)
+        try:
+            block = self._block(self.region.module.body, top_level=True)
+        except cst.CSTValidationError as error:
+            raise EditError(f"{self.source.path}: internal error, the edits do not lead to Python: {error}") from error
         for edit, target in self._targets:
             if id(edit) not in self._made:
                 raise conflict(edit, self._blocker(target), self.source)
@@ -157,15 +160,17 @@ class Rewriter:
                 return self._index(self._replacements[id(value)])
             if isinstance(value, cst.Decorator | cst.AssignTarget) and self._is_deleted(value):
                 continue
-            if id(value) not in self._dirty:
-                children.append(value)
+            if id(value) not in self._dirty or id(value) in self._deletions:
+                children.append(value)  # what goes is taken out later, and edits in it are conflicts
             elif (hole := self._element_hole(value)) is not None:
                 children += self._element_of_hole(value, hole)
             else:
-                children.append(self._child(value, parent, field, enclosed))
+                child = self._child(value, parent, field, enclosed)
+                assert child is not None
+                children.append(child)
         return children
 
-    def _child(self, child: cst.CSTNode, parent: cst.CSTNode, field: str, enclosed: bool) -> cst.CSTNode:
+    def _child(self, child: cst.CSTNode, parent: cst.CSTNode, field: str, enclosed: bool) -> cst.CSTNode | None:
         match child:
             case cst.IndentedBlock():
                 block = self._block(cast(Sequence[Statement], child.body))
@@ -330,7 +335,7 @@ class Rewriter:
 
     def _line(self, line: cst.SimpleStatementLine | cst.SimpleStatementSuite) -> list[Piece]:
         pieces = [piece for small in line.body for piece in self._pieces(small)]
-        return one_line(pieces, line.trailing_whitespace)
+        return one_line(pieces, line)
 
     def _pieces(self, statement: cst.BaseSmallStatement | cst.BaseCompoundStatement) -> list[Piece]:
         """What has become of one statement, between what is inserted before and after it."""
@@ -376,10 +381,12 @@ class Rewriter:
         block.place(pieces, ())
         return cst.IndentedBlock(body=block.or_pass(), footer=block.footer())
 
-    def _elif(self, branch: cst.If) -> cst.CSTNode:
+    def _elif(self, branch: cst.If) -> cst.If | cst.Else | None:
         """`elif` is an `if` alone in its `else`; with company it becomes that."""
         pieces = self._pieces(branch)
         statements = [statement for piece in pieces for statement in piece.statements]
+        if not statements:
+            return None
         if len(statements) == 1 and isinstance(statements[0], cst.If) and not pieces[0].inserted:
             return statements[0].with_changes(leading_lines=branch.leading_lines)
         block = Block(top_level=False)
