@@ -94,6 +94,12 @@ SAME = {
 FUNCTION_PACKAGES = ("torch.nn.functional.", "torch.special.", "torch.linalg.", "torch.Tensor.", "torch.", "numpy.",
                      "math.", "einops.", "operator.", "modernizer.components.")  # fmt: skip
 
+# Our own functions that do what one of torch's does.
+OWN_FUNCTIONS = {
+    "modernizer.components.masked_attention": "scaled_dot_product_attention",
+    "modernizer.components.masked_attention.masked_attention": "scaled_dot_product_attention",
+}
+
 RANDOM_WEIGHT_FILLERS = "torch.nn.init."
 
 
@@ -105,6 +111,8 @@ def operation(name: str) -> str:
 
 def function_operation(dotted: str) -> str | None:
     """The canonical operation of a function's dotted name, None where it is no function of torch, numpy or math."""
+    if dotted in OWN_FUNCTIONS:
+        return OWN_FUNCTIONS[dotted]
     for package in FUNCTION_PACKAGES:
         if dotted.startswith(package):
             rest = dotted.removeprefix(package)

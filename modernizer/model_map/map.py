@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from modernizer.graph import Graph, execute
 from modernizer.project import Project
 from modernizer.source import Location
+
+if TYPE_CHECKING:
+    from modernizer.model_map.attention import AttentionSite
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,13 @@ class ModelMap:
     @property
     def project(self) -> Project:
         return self.graph.project
+
+    @cached_property
+    def attentions(self) -> Sequence[AttentionSite]:
+        """Every attention, hand-written, SDPA's or torch's, by the place of its score product."""
+        from modernizer.model_map import attention
+
+        return attention.find_attentions(self.graph)
 
     @property
     def roles(self) -> Sequence[Role]:
