@@ -70,7 +70,7 @@ def main(traceback: bool) -> None:
 
     Exit codes: 0 nothing left to do or all done; 1 findings or refusals remain; 2 wrong usage or an internal error.
     """
-    # The value graph lives until the command ends, and looking for garbage in it again and again took a tenth of the time.
+    # The value graph lives until the command ends: looking for garbage in it again and again took a tenth of the time.
     gc.set_threshold(200_000, 20, 20)
 
 
