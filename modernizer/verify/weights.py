@@ -1,0 +1,47 @@
+"""The same weights on both sides: loaded by name, and shaken in the same way."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+SHAKE = 0.1
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Loads all of `state`; why that is not possible, or ''."""
+    try:
+        model.load_state_dict(dict(state), strict=True)
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def load_matching(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what agrees in name and shape; the rest keeps its seeded start."""
+    own = model.state_dict()
+    model.load_state_dict({n: t for n, t in state.items() if n in own and own[n].shape == t.shape}, strict=False)
+
+
+@torch.no_grad()
+def shake(model: nn.Module, seed: int) -> None:
+    """Moves every parameter a little, equally on both sides: a fresh model's zeros and ones hide mistakes.
+
+    The noise of a parameter depends on its name, its shape and `seed` alone. Seed 0 leaves the weights alone.
+    """
+    if seed == 0:
+        return
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        scale = parameter.std().item() if parameter.numel() > 1 else 0.0
+        parameter.add_((SHAKE * (scale or 1.0) * noise).to(parameter))
