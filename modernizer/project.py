@@ -64,6 +64,10 @@ class Project:
                     self.errors.append(error)
         return self._files[path]
 
+    def files(self) -> list[SourceFile]:
+        """Every file that was read so far."""
+        return [file for file in self._files.values() if file is not None]
+
     def with_texts(self, texts: Mapping[Path, str]) -> Project:
         """The same project in which some files read differently."""
         fresh = Project((), {**self._texts, **texts})

@@ -16,7 +16,7 @@ _SAME = (
         "linear softmax log_softmax relu gelu silu tanh sigmoid exp sqrt neg masked_fill transpose split chunk tril"
         " triu clamp pos cumsum flip roll setitem fill zeros_like ones_like invert logical_not nan_to_num movedim swapaxes"
         " narrow index_select abs rsqrt cos sin softplus elu leaky_relu tensor_split zero"
-        " pow".split()
+        " pow rotary alibi".split()
     )
 )
 _BROADCAST = frozenset(

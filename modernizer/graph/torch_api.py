@@ -19,6 +19,7 @@ MODULE_OPS = {
     "MultiheadAttention": "mha", "TransformerEncoderLayer": "torch_encoder_layer",
     "TransformerDecoderLayer": "torch_decoder_layer", "TransformerEncoder": "torch_encoder",
     "TransformerDecoder": "torch_decoder", "Transformer": "torch_transformer", "GatedSiLU": "swiglu",
+    "RotaryEmbedding": "rotary", "ALiBi": "alibi",
 }  # fmt: skip
 
 # Parameter names of the torch.nn constructors that rules look into, in torch's positional order.

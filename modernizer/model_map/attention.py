@@ -38,7 +38,7 @@ TORCH_LAYERS = frozenset(
 )
 # What may lie between the score product and the softmax, apart from IDENTITY and VIEWS.
 _SCORE_STEPS = frozenset(
-    "add sub mul div masked_fill where setitem neg clamp tanh nan_to_num masked_scatter tril triu".split()
+    "add sub mul div masked_fill where setitem neg clamp tanh nan_to_num masked_scatter tril triu alibi".split()
 )
 # What may lie between the softmax and the product with the value.
 _WEIGHT_STEPS = IDENTITY | frozenset("masked_fill mul div where nan_to_num setitem add tril triu clamp".split())
@@ -579,7 +579,7 @@ def _add_sources(found: Attention) -> None:
         found.kind = "self" if {id(o) for o in query} & {id(o) for o in key} else "cross"
 
 
-_CARRIES = frozenset("mul div cat stack setitem neg pad cos sin roll where masked_fill".split())
+_CARRIES = frozenset("mul div cat stack setitem neg pad cos sin roll where masked_fill rotary".split())
 
 
 def _origins(value: Value) -> tuple[list[Node], list[Value]]:

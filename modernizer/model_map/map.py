@@ -13,6 +13,11 @@ from modernizer.source import Location
 
 if TYPE_CHECKING:
     from modernizer.model_map.attention import AttentionSite
+    from modernizer.model_map.feed_forward import FeedForwards
+    from modernizer.model_map.position import PositionSite
+    from modernizer.model_map.norm import Norms
+    from modernizer.model_map.residual import Residuals
+    from modernizer.model_map.stack import Stacks
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,41 @@ class ModelMap:
         from modernizer.model_map import attention
 
         return attention.find_attentions(self.graph)
+
+    @cached_property
+    def feed_forwards(self) -> FeedForwards:
+        """Everything of the form projection, activation, projection; `counts` where it is a transformer's."""
+        from modernizer.model_map import feed_forward
+
+        return feed_forward.find_feed_forwards(self.graph, self.attentions)
+
+    @cached_property
+    def norms(self) -> Norms:
+        """Every norm, torch's or written out, each time it runs."""
+        from modernizer.model_map import norm
+
+        return norm.Norms(self.graph)
+
+    @cached_property
+    def residuals(self) -> Residuals:
+        """Every residual sum, with the side of it on which its norm stands."""
+        from modernizer.model_map import residual
+
+        return residual.Residuals(self.graph, self.norms)
+
+    @cached_property
+    def stacks(self) -> Stacks:
+        """The residual sums in the order in which the stream meets them, stack by stack."""
+        from modernizer.model_map import stack
+
+        return stack.Stacks(self.graph, self.residuals, self.norms)
+
+    @cached_property
+    def positions(self) -> Sequence[PositionSite]:
+        """Every place that adds something made of positions alone to a stream."""
+        from modernizer.model_map import position
+
+        return position.find_positions(self.graph)
 
     @property
     def roles(self) -> Sequence[Role]:

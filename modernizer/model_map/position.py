@@ -1,0 +1,253 @@
+"""Position: something that is made of places alone, not of content, and is added to the stream of a model."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from modernizer.graph import Graph
+from modernizer.graph.query import LIKE, SHAPES, alternatives, inputs, is_torch, strip_views
+from modernizer.graph.values import Const, Frame, Many, Module, Node, Value, flatten
+
+RANGES = frozenset("arange linspace range cumsum".split())
+WAVES = frozenset("sin cos polar".split())
+# What is true or false of data: a mask made of them is not their content.
+COMPARISONS = frozenset("eq ne noteq lt lte le gt gte ge isnan isin logical_not logical_and logical_or invert not".split())
+NOISE = frozenset("rand randn randint rand_like randn_like normal bernoulli multinomial randperm uniform".split())
+PRODUCTS = frozenset("matmul einsum baddbmm scaled_dot_product_attention".split())
+ADDS = frozenset({"add"})
+# Operations of which all operands but the first give a size, a type or a device.
+AS_OTHER = frozenset("expand_as view_as reshape_as type_as to expand view reshape repeat".split())
+KINDS = frozenset("device dtype requires_grad is_cuda ndim".split())
+
+
+@dataclass(frozen=True, eq=False)
+class Position:
+    """Positions added to a stream in one context: `add` = `stream` + `term`."""
+
+    add: Node
+    stream: Value
+    term: Value
+    kind: str  # "learned", "sinusoid" or "table"
+    given: tuple[Node, ...]  # arguments of the model that can replace or shift the positions
+
+    @property
+    def frame(self) -> Frame:
+        return self.add.frame
+
+
+@dataclass(frozen=True, eq=False)
+class PositionSite:
+    """One place in the code that adds positions, with all contexts in which it runs."""
+
+    node: ast.AST
+    frame: Frame
+    contexts: tuple[Position, ...]
+
+
+class Contents:
+    """Which data are free of content: made of sizes, ranges, tables and parameters alone."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.optional = _optional_parameters(graph)
+        self._known: dict[int, frozenset[Node] | None] = {}
+        self._kinds: dict[int, str] = {}
+
+    def given(self, value: Value) -> frozenset[Node] | None:
+        """The optional arguments that `value` is made of if it is otherwise free of content, None if it is not."""
+        if id(value) not in self._known:
+            self._compute(value)
+        return self._known[id(value)]
+
+    def is_free(self, value: Value) -> bool:
+        return self.given(value) is not None
+
+    def _compute(self, value: Value) -> None:
+        """Without recursion: graphs are deeper than Python's stack."""
+        todo: list[tuple[Value, bool]] = [(value, False)]
+        while todo:
+            current, ready = todo.pop()
+            if id(current) in self._known and not ready:
+                continue
+            parts = self._parts(current)
+            if not ready:
+                self._known[id(current)] = None  # what it is while its own parts are looked at
+                todo.append((current, True))
+                todo.extend((part, False) for part in parts if id(part) not in self._known)
+                continue
+            self._known[id(current)] = self._own(current, parts)
+
+    def _parts(self, value: Value) -> list[Node]:
+        if not isinstance(value, Node):
+            return [leaf for leaf in flatten(value) if isinstance(leaf, Node)]
+        if value.op in COMPARISONS or (value.op in NOISE and not _fills_parameter(value)):
+            return []
+        return [] if value.op == "cumsum" else content_inputs(value)
+
+    def _own(self, value: Value, parts: list[Node]) -> frozenset[Node] | None:
+        if isinstance(value, Node):
+            if value.op == "input":
+                return frozenset({value}) if value.node in self.optional else None
+            if value.op in NOISE and not _fills_parameter(value):
+                return None
+            if value.op == "opaque" or value.op.startswith("torch_"):
+                return None if any(self._known[id(p)] is None for p in parts) or not _is_pure(value) else frozenset()
+            if value.op == "cumsum" and not _counts_kept(value):
+                return None
+        given: set[Node] = set()
+        for part in parts:
+            known = self._known[id(part)]
+            if known is None:
+                return None
+            given |= known
+        return frozenset(given)
+
+    def kind(self, value: Value) -> str:
+        """How a content-free value tells one place from another; "" where it does not."""
+        if id(value) not in self._kinds:
+            self._kinds[id(value)] = self._kind(value)
+        return self._kinds[id(value)]
+
+    def _kind(self, value: Value) -> str:
+        found = {"range": False, "wave": False, "learned": False, "table": False, "mask": False}
+        seen: set[int] = set()
+        todo: list[Node] = [leaf for leaf in flatten(value) if isinstance(leaf, Node)]
+        while todo:
+            node = todo.pop()
+            if id(node) in seen or node.op in SHAPES or node.op in COMPARISONS:
+                continue
+            seen.add(id(node))
+            if node.op in RANGES:
+                found["range"] = True
+            elif node.op in WAVES:
+                found["wave"] = True
+            elif node.op == "embedding" and is_torch(node.module, "Embedding") and node.args:
+                if self._kind(node.args[0]):
+                    found["range"] = found["learned"] = True
+                continue
+            elif node.op == "parameter" and node.module is None and is_table(node):
+                found["learned"] = True
+            elif node.op in ("tril", "triu", "masked_fill"):
+                found["mask"] = True
+            elif node.op == "slice" or node.op == "setitem":
+                if node.op == "setitem":
+                    found["table"] = True
+            todo.extend(content_inputs(node))
+        if found["mask"] and not found["wave"]:
+            return ""
+        if found["learned"]:
+            return "learned"
+        if found["wave"] and (found["range"] or found["table"]):
+            return "sinusoid"
+        return "table" if found["range"] else ""
+
+
+def content_inputs(node: Node) -> list[Node]:
+    """The data that the content of a datum is made of, not those that only say its size, type or device."""
+    if node.op in SHAPES or node.op in LIKE or node.op == "parameter" or (node.op == "attr" and node.name in KINDS):
+        return []
+    if node.op in AS_OTHER:
+        return [leaf for leaf in flatten(node.args[0]) if isinstance(leaf, Node)] if node.args else []
+    return list(inputs(node))
+
+
+def is_table(parameter: Node) -> bool:
+    """Whether a parameter has at least two axes longer than one: places and features."""
+    return len(_long_axes(parameter)) >= 2
+
+
+def _long_axes(parameter: Node) -> list[Value]:
+    """The sizes other than one of a parameter, as its initial value states them; none where it does not."""
+    made = strip_views(parameter.args[0]) if parameter.args else None
+    while isinstance(made, Node) and made.op in ("mul", "div", "trunc_normal", "normal", "uniform", "neg") and made.args:
+        made = next((strip_views(a) for a in made.args if isinstance(a, Node)), None)
+    if not isinstance(made, Node) or made.op not in ("zeros", "randn", "rand", "empty", "ones", "Tensor", "FloatTensor"):
+        return []
+    sizes: list[Value] = list(made.args)
+    if len(sizes) == 1 and isinstance(sizes[0], Many):
+        sizes = sizes[0].items
+    return [size for size in sizes if not (isinstance(size, Const) and size.value == 1)]
+
+
+def _counts_kept(node: Node) -> bool:
+    """Whether a running sum counts the tokens that are no padding: positions. One of separators counts segments."""
+    counted = strip_views(node.args[0]) if node.args else None
+    return isinstance(counted, Node) and counted.op in ("ne", "noteq", "input", "logical_not", "invert", "ones", "ones_like")
+
+
+def _fills_parameter(node: Node) -> bool:
+    """Whether random numbers are put into a parameter, in place: its initialisation."""
+    return node.name.endswith("_") and bool(node.args)
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether an unknown function of content-free things is surely content-free: numpy's and torch's, no data source."""
+    return node.name.startswith(("torch.", "numpy.", "math.", "builtins."))
+
+
+def _optional_parameters(graph: Graph) -> set[ast.arg]:
+    """The parameters of the project's functions whose default is None or a number."""
+    found: set[ast.arg] = set()
+    for frame in graph.machine.frames:
+        if frame.function is None:
+            continue
+        spec = frame.function.node.args
+        positional = [*spec.posonlyargs, *spec.args]
+        pairs = list(zip(positional[len(positional) - len(spec.defaults) :], spec.defaults, strict=True))
+        pairs += [(a, d) for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None]
+        found |= {a for a, d in pairs if isinstance(d, ast.Constant) and (d.value is None or isinstance(d.value, int))}
+    return found
+
+
+def find_positions(graph: Graph) -> Sequence[PositionSite]:
+    """Every place that adds positions to content, in the order of files and lines."""
+    contents = Contents(graph)
+    sites: dict[ast.AST, list[Position]] = defaultdict(list)
+    for node in graph.machine.nodes:
+        if node.op in ADDS and len(node.args) >= 2 and node.node is not None:
+            found = _position(contents, node)
+            if found is not None:
+                sites[node.node].append(found)
+    ordered = sorted(sites, key=lambda n: (str(sites[n][0].frame.path), getattr(n, "lineno", 0), getattr(n, "col_offset", 0)))
+    return [PositionSite(node, sites[node][0].frame, tuple(sites[node])) for node in ordered]
+
+
+def _position(contents: Contents, node: Node) -> Position | None:
+    for term, stream in ((node.args[1], node.args[0]), (node.args[0], node.args[1])):
+        given = contents.given(term) if isinstance(term, Node) else None
+        if given is None or not isinstance(stream, Node) or contents.is_free(stream):
+            continue
+        kind = contents.kind(term)
+        if kind and not is_score(stream, contents):
+            return Position(node, stream, term, kind, tuple(sorted(given, key=lambda n: n.order)))
+    return None
+
+
+def is_score(value: Value, contents: Contents) -> bool:
+    """Whether a value is a product of two contents, scaled or masked: attention scores, not a stream."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        current = strip_views(todo.pop())
+        if not isinstance(current, Node) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if current.op in PRODUCTS:
+            return sum(isinstance(a, Node) and not contents.is_free(a) for a in flatten_all(current)) >= 2
+        if current.op in ("mul", "div", "add", "sub", "masked_fill", "where", "merge"):
+            todo.extend(a for a in current.args[: 1 if current.op == "masked_fill" else None])
+    return False
+
+
+def flatten_all(node: Node) -> Iterator[Value]:
+    for part in node.args:
+        yield from flatten(part)
+
+
+def reading_order(sites: Sequence[PositionSite]) -> Sequence[PositionSite]:
+    return sorted(sites, key=lambda s: (str(s.frame.path), getattr(s.node, "lineno", 0)))
+
+
+__all__ = ["Contents", "Position", "PositionSite", "find_positions", "is_score", "is_table", "alternatives", "Module"]

@@ -1,0 +1,593 @@
+"""Takes expressions out of a program together with everything that only served them, to a fixpoint.
+
+Local variables, attributes, buffers, initialisations, entries of name lists, helper functions, classes and imports go
+when nothing that stays reads them. What cannot be told apart from something that is read stays.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from modernizer.edit import Delete, Edit, Replace
+from modernizer.graph import Graph
+from modernizer.graph.values import Class, Const, Module, Node, Object
+from modernizer.project import python_files
+from modernizer.source import Location
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+MAX_SCANNED = 2000  # files beside the project that are searched for a name before its definition goes
+# Methods that change their receiver, so that a call of one is more than its value.
+CHANGING = frozenset("append extend insert remove pop update add setdefault clear write".split())
+SIDE_EFFECTS = frozenset("print open input next exec eval setattr".split())
+
+
+@dataclass(frozen=True)
+class Local:
+    """A variable of a function, or of a file where `function` is its module node."""
+
+    function: ast.AST
+    name: str
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute of the instances of some classes."""
+
+    owners: frozenset[ast.ClassDef]
+    name: str
+
+
+Entity = Local | Attribute
+
+
+class Removal:
+    """A set of expressions and statements that go, growing until nothing is left that only served them."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.project = graph.project
+        self.dropped: dict[ast.AST, None] = {}
+        self.replaced: dict[ast.AST, tuple[str, tuple[ast.expr, ...]]] = {}
+        self.mentions: list[Location] = []  # where a string still names something that is gone
+        self.kept_readers: dict[ast.AST, list[Location]] = {}
+        self.gone_attributes: list[Attribute] = []
+
+    # -- what goes
+
+    def drop(self, node: ast.AST) -> None:
+        """Takes out a statement, or one element of a list, call or import."""
+        self.dropped[node] = None
+
+    def replace(self, node: ast.expr | ast.stmt, code: str, holes: Sequence[ast.expr] = ()) -> None:
+        """Puts `code` where `node` stands; `x = x` that comes of it goes altogether."""
+        parent = self.parent(node)
+        if (
+            code == "$0"
+            and isinstance(parent, ast.Assign)
+            and len(parent.targets) == 1
+            and isinstance(parent.targets[0], ast.Name)
+            and isinstance(holes[0], ast.Name)
+            and holes[0].id == parent.targets[0].id
+        ):
+            self.drop(parent)
+            return
+        self.replaced[node] = (code, tuple(holes))
+
+    def is_gone(self, node: ast.AST) -> bool:
+        """Whether a node is inside something that goes."""
+        current: ast.AST | None = node
+        holes: set[ast.AST] = set()
+        while current is not None:
+            if current in self.dropped:
+                return True
+            if current in self.replaced:
+                if not holes & set(self.replaced[current][1]):
+                    return True
+            holes.add(current)
+            current = self.parent(current)
+        return False
+
+    def edits(self) -> list[Edit]:
+        """The edits that make all of it so, none inside another that would swallow it."""
+        made: list[Edit] = []
+        for node in self.dropped:
+            above = self.parent(node)
+            if above is None or not self.is_gone(above):
+                made.append(Delete(self.path(node), node))
+        for node, (code, holes) in self.replaced.items():
+            above = self.parent(node)
+            if node not in self.dropped and (above is None or not self.is_gone_around(node)):
+                assert isinstance(node, ast.expr | ast.stmt)
+                made.append(Replace(self.path(node), node, code, holes))
+        return made
+
+    def is_gone_around(self, node: ast.AST) -> bool:
+        """Whether something above a node goes and takes the node with it."""
+        current, below = self.parent(node), {node}
+        while current is not None:
+            if current in self.dropped:
+                return True
+            if current in self.replaced and not below & set(self.replaced[current][1]):
+                return True
+            below.add(current)
+            current = self.parent(current)
+        return False
+
+    # -- where things are
+
+    @cached_property
+    def _trees(self) -> dict[Path, ast.Module]:
+        files = self.project.files()
+        return {file.path: file.tree for file in files}
+
+    @cached_property
+    def _parents(self) -> dict[ast.AST, ast.AST]:
+        return {child: node for tree in self._trees.values() for node in ast.walk(tree) for child in _children(node)}
+
+    @cached_property
+    def _paths(self) -> dict[ast.AST, Path]:
+        return {tree: path for path, tree in self._trees.items()}
+
+    def parent(self, node: ast.AST) -> ast.AST | None:
+        return self._parents.get(node)
+
+    def path(self, node: ast.AST) -> Path:
+        """The file a node is in."""
+        current = node
+        while (above := self.parent(current)) is not None:
+            current = above
+        return self._paths[current]
+
+    def above(self, node: ast.AST) -> Iterator[ast.AST]:
+        current = self.parent(node)
+        while current is not None:
+            yield current
+            current = self.parent(current)
+
+    def statement(self, node: ast.AST) -> ast.stmt:
+        """The innermost statement around a node."""
+        current: ast.AST | None = node
+        while current is not None and not isinstance(current, ast.stmt):
+            current = self.parent(current)
+        assert current is not None
+        return current
+
+    def function(self, node: ast.AST) -> ast.AST:
+        """The function whose variables the names at a node are, or the module; comprehensions count as part of it."""
+        for above in self.above(node):
+            if isinstance(above, FunctionNode | ast.Module):
+                return above
+        return node
+
+    def class_around(self, node: ast.AST) -> ast.ClassDef | None:
+        return next((a for a in self.above(node) if isinstance(a, ast.ClassDef)), None)
+
+    def location(self, node: ast.AST) -> Location:
+        source = self.project.source(self.path(node))
+        assert source is not None
+        return source.location(node)
+
+    # -- to the fixpoint
+
+    def settle(self) -> None:
+        """Lets go of everything that only served what has gone."""
+        tried: set[tuple[Entity | tuple[Path, str], int]] = set()
+        while True:
+            size = len(self.dropped)
+            for entity in self._read_by_gone():
+                if (entity, len(self.dropped)) not in tried:
+                    tried.add((entity, len(self.dropped)))
+                    self._try(entity)
+            self._fold_empty()
+            if len(self.dropped) == size:
+                self._drop_definitions()
+                if len(self.dropped) == size:
+                    return
+
+    def _gone_nodes(self) -> Iterator[ast.AST]:
+        for node in list(self.dropped):
+            yield from ast.walk(node)
+        for node, (_, holes) in list(self.replaced.items()):
+            yield from _outside(node, set(holes))
+
+    def _read_by_gone(self) -> list[Entity]:
+        found: dict[Entity, None] = {}
+        for node in list(self._gone_nodes()):
+            if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store):
+                owner = self._binder(node)
+                if owner is not None:
+                    found[Local(owner, node.id)] = None
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owners = self._owners(node)
+                if owners:
+                    found[Attribute(owners, node.attr)] = None
+        return list(found)
+
+    def _binder(self, name: ast.Name) -> ast.AST | None:
+        """The function of which a name is a variable (not a parameter alone), None where it is global."""
+        for above in self.above(name):
+            if isinstance(above, ast.FunctionDef | ast.AsyncFunctionDef):
+                stored = {n.id for n in ast.walk(above) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                if name.id in stored:
+                    return above
+                if name.id in {a.arg for a in ast.walk(above.args) if isinstance(a, ast.arg)}:
+                    return None
+        return None
+
+    def _owners(self, node: ast.Attribute) -> frozenset[ast.ClassDef]:
+        """The classes of the modules of which an attribute that holds a module, a parameter or a tensor is read."""
+        found: set[ast.ClassDef] = set()
+        for _, receiver in self.graph.machine.at.get(node.value, ()):
+            if not isinstance(receiver, Object) or receiver.cls is None:
+                continue
+            held = receiver.attributes.get(node.attr)
+            if isinstance(held, Module) or (isinstance(held, Node) and held.op not in ("config", "input", "unknown", "attr")):
+                found |= {c.node for c in receiver.cls.mro if isinstance(c, Class)}
+        return frozenset(found)
+
+    def _try(self, entity: Entity) -> None:
+        """Drops the statements that make an entity, if nothing that stays reads it."""
+        serving = self._serving({entity})
+        if serving is None:
+            return
+        for statement in serving:
+            self.drop(statement)
+        if isinstance(entity, Attribute) and serving:
+            self.gone_attributes.append(entity)
+            self._drop_mentions(entity.name)
+
+    def _serving(self, entities: set[Entity], depth: int = 0) -> list[ast.stmt] | None:
+        """The outermost statements that only make these entities; None where one of them is read elsewhere."""
+        statements: dict[ast.stmt, None] = {}
+        for entity in list(entities):
+            for node in self._uses(entity):
+                if self.is_gone(node):
+                    continue
+                serving = self._outermost(node, entities)
+                if serving is not None:
+                    statements[serving] = None
+                elif isinstance(getattr(node, "ctx", None), ast.Store) and isinstance(entity, Local):
+                    continue  # one of several targets: it stays, unread
+                elif depth == 0 and (wider := self._with_companions(node, entities)) is not None:
+                    return wider
+                else:
+                    self.kept_readers.setdefault(node, []).append(self.location(node))
+                    return None
+        return [s for s in statements if not any(a in statements for a in self.above(s))]
+
+    def _with_companions(self, node: ast.AST, entities: set[Entity]) -> list[ast.stmt] | None:
+        """A variable assigned from an entity and used for nothing else goes with it (`angle` in a loop that fills
+        a table)."""
+        statement = self.statement(node)
+        names = _assigned_names(statement)
+        loop = next((a for a in self.above(statement) if isinstance(a, ast.For)), None)
+        if loop is None and not names:
+            return None
+        function = self.function(node)
+        inside = loop if loop is not None else statement
+        extra = {Local(function, n) for s in ast.walk(inside) if isinstance(s, ast.stmt) for n in _assigned_names(s)}
+        extra = {e for e in extra if isinstance(e, Local)}
+        if not extra or extra <= entities:
+            return None
+        return self._serving(entities | extra, depth=1)
+
+    def _outermost(self, node: ast.AST, entities: set[Entity]) -> ast.stmt | None:
+        """The largest statement around a node that does nothing but make these entities, None where there is none."""
+        found: ast.stmt | None = None
+        statement: ast.AST | None = self.statement(node)
+        while isinstance(statement, ast.stmt) and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            if self._serves(statement, entities):
+                found = statement
+            elif found is not None:
+                break
+            above = self.parent(statement)
+            statement = above if isinstance(above, ast.stmt) else None
+        return found
+
+    def _serves(self, statement: ast.stmt, entities: set[Entity]) -> bool:
+        """Whether all that a statement does is to make, fill or check these entities."""
+        if self.is_gone(statement) or isinstance(statement, ast.Pass):
+            return True
+        match statement:
+            case ast.Assign():
+                return all(self._is_target(t, entities) for t in statement.targets) and _is_pure(statement.value)
+            case ast.AnnAssign():
+                return self._is_target(statement.target, entities) and (not statement.value or _is_pure(statement.value))
+            case ast.AugAssign():
+                return self._is_target(statement.target, entities) and _is_pure(statement.value)
+            case ast.Expr():
+                return self._fills(statement.value, entities)
+            case ast.If():
+                inner = [*statement.body, *statement.orelse]
+                return _is_pure(statement.test) and all(self._serves(s, entities) for s in inner)
+            case ast.For():
+                return all(self._serves(s, entities) for s in [*statement.body, *statement.orelse])
+            case ast.With():
+                return all(self._serves(s, entities) for s in statement.body)
+            case ast.Assert():
+                return any(self._entity(n, entities) for n in ast.walk(statement.test) if isinstance(n, ast.expr))
+            case ast.Delete():
+                return all(self._is_target(t, entities) for t in statement.targets)
+        return False
+
+    def _is_target(self, target: ast.expr, entities: set[Entity]) -> bool:
+        if isinstance(target, ast.Tuple | ast.List):
+            return all(self._is_target(t, entities) for t in target.elts)
+        return self._entity(target, entities)
+
+    def _entity(self, node: ast.expr, entities: set[Entity]) -> bool:
+        """Whether an expression is one of the entities or reaches into one: `pe`, `pe[:, 0::2]`, `self.pos.weight.data`."""
+        current: ast.expr = node
+        while True:
+            if any(self._is(current, entity) for entity in entities):
+                return True
+            if isinstance(current, ast.Attribute | ast.Subscript | ast.Starred):
+                current = current.value
+            elif isinstance(current, ast.Call) and isinstance(current.func, ast.Attribute):
+                current = current.func.value
+            else:
+                return False
+
+    def _is(self, node: ast.expr, entity: Entity) -> bool:
+        if isinstance(entity, Local):
+            return isinstance(node, ast.Name) and node.id == entity.name and self._inside(node, entity.function)
+        if not (isinstance(node, ast.Attribute) and node.attr == entity.name):
+            return False
+        return self._belongs(node, entity)
+
+    def _inside(self, node: ast.AST, function: ast.AST) -> bool:
+        return any(a is function for a in self.above(node))
+
+    def _belongs(self, node: ast.Attribute, entity: Attribute) -> bool:
+        """Whether `x.name` may be the attribute meant: not where `x` is known to be something else."""
+        seen = [v for _, v in self.graph.machine.at.get(node.value, ())]
+        if seen:
+            return any(not isinstance(v, Object) or v.cls is None or self._is_owner(v.cls, entity) for v in seen)
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            around = self.class_around(node)
+            return around is None or around in entity.owners or self._derives(around, entity)
+        return True
+
+    def _is_owner(self, cls: Class, entity: Attribute) -> bool:
+        return any(isinstance(c, Class) and c.node in entity.owners for c in cls.mro)
+
+    def _derives(self, node: ast.ClassDef, entity: Attribute) -> bool:
+        names = {owner.name for owner in entity.owners}
+        bases = {b.id if isinstance(b, ast.Name) else getattr(b, "attr", "") for b in node.bases}
+        return bool(names & bases)
+
+    def _fills(self, node: ast.expr, entities: set[Entity]) -> bool:
+        """`nn.init.normal_(table)`, `table.fill_(0)`, `self.register_buffer("pe", pe)`, `trunc_normal_(self.pos, std=.02)`."""
+        if isinstance(node, ast.Constant):
+            return False
+        if not isinstance(node, ast.Call):
+            return self._entity(node, entities)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in ("register_buffer", "register_parameter") and node.args:
+            key = node.args[0]
+            return isinstance(key, ast.Constant) and self._registers(node, str(key.value), entities)
+        changes = name.endswith("_") and not name.endswith("__")
+        if changes and isinstance(node.func, ast.Attribute) and self._entity(node.func.value, entities):
+            return True
+        return changes and bool(node.args) and self._entity(node.args[0], entities)
+
+    def _registers(self, node: ast.Call, name: str, entities: set[Entity]) -> bool:
+        around = self.class_around(node)
+        return any(
+            isinstance(e, Attribute) and e.name == name and around is not None
+            and (around in e.owners or self._derives(around, e))
+            for e in entities
+        )  # fmt: skip
+
+    def _uses(self, entity: Entity) -> list[ast.AST]:
+        """Every place that names an entity."""
+        if isinstance(entity, Local):
+            return [n for n in ast.walk(entity.function) if isinstance(n, ast.Name) and n.id == entity.name]
+        found: list[ast.AST] = []
+        for tree in self._trees.values():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute) and node.attr == entity.name and self._belongs(node, entity):
+                    found.append(node)
+                elif isinstance(node, ast.Call) and self._names_attribute(node, entity):
+                    found.append(node)
+        return found
+
+    def _names_attribute(self, node: ast.Call, entity: Attribute) -> bool:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in ("register_buffer", "register_parameter"):
+            key = node.args[0] if node.args else None
+            return isinstance(key, ast.Constant) and key.value == entity.name and self._registers(node, entity.name, {entity})
+        if name in ("getattr", "hasattr", "delattr") and len(node.args) >= 2:
+            key = node.args[1]
+            return isinstance(key, ast.Constant) and key.value == entity.name
+        return False
+
+    # -- what is left over
+
+    def _fold_empty(self) -> None:
+        """A block of which nothing is left goes as a whole, if its test does nothing."""
+        for node in list(self.dropped):
+            above = self.parent(node)
+            if isinstance(above, ast.If) and above not in self.dropped and _is_pure(above.test):
+                if all(s in self.dropped or isinstance(s, ast.Pass) for s in [*above.body, *above.orelse]):
+                    self.drop(above)
+            elif isinstance(above, ast.For | ast.With) and above not in self.dropped:
+                if all(s in self.dropped or isinstance(s, ast.Pass) for s in above.body):
+                    if isinstance(above, ast.With) or (_is_pure(above.iter) and not above.orelse):
+                        self.drop(above)
+
+    def _drop_mentions(self, name: str) -> None:
+        """Takes the name of a parameter out of lists such as those without weight decay."""
+        for tree in self._trees.values():
+            for node in ast.walk(tree):
+                if not (isinstance(node, ast.Constant) and isinstance(node.value, str)) or self.is_gone(node):
+                    continue
+                if name not in node.value.split("."):
+                    continue
+                above = self.parent(node)
+                if isinstance(above, ast.Call) and self._is_listed(above, node):
+                    self.drop(self.statement(node))
+                elif isinstance(above, ast.Set | ast.List) or (isinstance(above, ast.Dict) and node in above.keys):
+                    self.drop(node)
+                elif not isinstance(above, ast.Expr):
+                    self.mentions.append(self.location(node))
+
+    def _is_listed(self, call: ast.Call, node: ast.Constant) -> bool:
+        """`no_decay.add("pos_emb")`"""
+        name = getattr(call.func, "attr", "")
+        return name in ("add", "append") and call.args == [node] and isinstance(self.parent(call), ast.Expr)
+
+    # -- definitions and imports
+
+    def _drop_definitions(self) -> None:
+        for name, path in self._globals_read_by_gone():
+            self._drop_global(path, name)
+        for name in self._methods_read_by_gone():
+            self._drop_method(name)
+
+    def _globals_read_by_gone(self) -> list[tuple[str, Path]]:
+        found: dict[tuple[str, Path], None] = {}
+        for node in list(self._gone_nodes()):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._binder(node) is None:
+                found[(node.id, self.path(node))] = None
+            elif isinstance(node, ast.alias):
+                statement = self.parent(node)
+                if isinstance(statement, ast.ImportFrom):
+                    target = self.project.find_module(self.path(node), statement.module or "", statement.level)
+                    if target is not None:
+                        found[(node.name, target)] = None
+        return list(found)
+
+    def _drop_global(self, path: Path, name: str) -> None:
+        tree = self._trees.get(path)
+        if tree is None or path not in self.project.named:
+            return
+        for statement in tree.body:
+            if isinstance(statement, ast.ClassDef | ast.FunctionDef) and statement.name == name:
+                if statement not in self.dropped and not self._is_read(path, name, statement):
+                    self.drop(statement)
+            elif isinstance(statement, ast.Assign) and [getattr(t, "id", "") for t in statement.targets] == [name]:
+                if statement not in self.dropped and _is_pure(statement.value) and not self._is_read(path, name, statement):
+                    self.drop(statement)
+            elif isinstance(statement, ast.Import | ast.ImportFrom):
+                for alias in statement.names:
+                    bound = alias.asname or (alias.name.split(".")[0] if isinstance(statement, ast.Import) else alias.name)
+                    if bound == name and alias not in self.dropped and not self._is_read(path, name, statement):
+                        self.drop(alias)
+
+    def _is_read(self, path: Path, name: str, definition: ast.stmt) -> bool:
+        """Whether anything that stays names a global of a file: in the file, or by importing it from there."""
+        if path.name == "__init__.py" and not isinstance(definition, ast.ClassDef | ast.FunctionDef):
+            return True
+        for node in ast.walk(self._trees[path]):
+            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
+                if not self.is_gone(node) and not self._inside(node, definition):
+                    return True
+            elif isinstance(node, ast.Constant) and node.value == name and not isinstance(self.parent(node), ast.Expr):
+                if not self.is_gone(node):
+                    return True  # `__all__`
+        return self._is_imported(path, name) or self._is_named_elsewhere(path, name)
+
+    def _is_imported(self, path: Path, name: str) -> bool:
+        for other, tree in self._trees.items():
+            for statement in ast.walk(tree):
+                if isinstance(statement, ast.ImportFrom):
+                    imports = [a for a in statement.names if a.name in (name, "*") and not self.is_gone(a)]
+                    if imports and self.project.find_module(other, statement.module or "", statement.level) == path:
+                        return True
+                elif isinstance(statement, ast.Attribute) and statement.attr == name and other != path:
+                    if isinstance(statement.value, ast.Name) and statement.value.id == path.stem:
+                        return True
+        return False
+
+    def _is_named_elsewhere(self, path: Path, name: str) -> bool:
+        """Whether a file that was not read both names something and names the file it is in."""
+        word, module = re.compile(rf"\b{re.escape(name)}\b"), re.compile(rf"\b{re.escape(path.stem)}\b")
+        return any(word.search(text) and (module.search(text) or path.name == "__init__.py") for text in self._unread_texts)
+
+    @cached_property
+    def _unread_texts(self) -> list[str]:
+        folders = [path.parent for path in self.project.named]
+        root = min(folders, key=lambda folder: len(folder.parts), default=None)
+        while root is not None and (root / "__init__.py").is_file():
+            root = root.parent
+        texts: list[str] = []
+        for path in python_files(root) if root is not None else ():
+            if path not in self._trees:
+                try:
+                    texts.append(path.read_text(encoding="utf-8", errors="replace"))
+                except OSError:
+                    continue
+            if len(texts) > MAX_SCANNED:
+                break
+        return texts
+
+    def _methods_read_by_gone(self) -> set[str]:
+        return {
+            node.attr for node in self._gone_nodes()
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        }  # fmt: skip
+
+    def _drop_method(self, name: str) -> None:
+        """A method that no file names any more."""
+        if any(re.search(rf"\b{re.escape(name)}\b", text) for text in self._unread_texts):
+            return
+        definitions: list[ast.FunctionDef] = []
+        for path, tree in self._trees.items():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and node.name == name and isinstance(self.parent(node), ast.ClassDef):
+                    definitions.append(node)
+                    if path not in self.project.named:
+                        return
+                elif isinstance(node, ast.Attribute) and node.attr == name and not self.is_gone(node):
+                    if not any(self._inside(node, d) for d in definitions):
+                        return
+                elif isinstance(node, ast.Constant) and node.value == name and not self.is_gone(node):
+                    return
+        if len(definitions) == 1 and definitions[0] not in self.dropped and not name.startswith("__"):
+            self.drop(definitions[0])
+
+
+def _children(node: ast.AST) -> Iterator[ast.AST]:
+    return (child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context))
+
+
+def _outside(node: ast.AST, holes: set[ast.expr]) -> Iterator[ast.AST]:
+    todo: list[ast.AST] = [node]
+    while todo:
+        current = todo.pop()
+        if current in holes:
+            continue
+        yield current
+        todo.extend(ast.iter_child_nodes(current))
+
+
+def _assigned_names(statement: ast.stmt) -> list[str]:
+    """The plain names a statement binds."""
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign | ast.AugAssign | ast.For):
+        targets = [statement.target]
+    return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+
+def _is_pure(node: ast.expr) -> bool:
+    """Whether evaluating an expression does nothing but make its value."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+            return False
+        if isinstance(part, ast.Call):
+            name = part.func.attr if isinstance(part.func, ast.Attribute) else getattr(part.func, "id", "")
+            if name in SIDE_EFFECTS or (isinstance(part.func, ast.Attribute) and name in CHANGING and len(part.args) == 1):
+                return name in ("add", "update") and not isinstance(part.func, ast.Attribute)
+    return True
+
+
+__all__ = ["Attribute", "Const", "Local", "Removal"]
