@@ -14,7 +14,8 @@ from pathlib import Path
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Puts `code` where `node` stands. `$0`, `$1` … in it are the texts of `holes`, which lie inside `node`.
+    """Puts `code` where `node` stands. `$0`, `$1` … in it are the texts of `holes`, which lie inside `node` or
+    are `node`, where it is wrapped.
 
     Other edits may change what is inside a hole; any other edit inside `node` is a conflict. `code` is an expression
     where `node` is one, and one or more statements where `node` is a statement.

@@ -111,6 +111,8 @@ def dedent(text: str) -> str:
         ("x = f(a)\n", "a", "p if q else r", [], "x = f(p if q else r)\n"),
         ("x = f(k=a)\n", "a", "lambda: 0", [], "x = f(k=lambda: 0)\n"),
         ("x = a[b]\n", "b", "p, q", [], "x = a[p, q]\n"),
+        ("x = a[b, 1:]\n", "b", "p, q", [], "x = a[(p, q), 1:]\n"),
+        ("x = a[b,]\n", "b", "p, q", [], "x = a[(p, q),]\n"),
         ("return_ = a\n", "a", "p, q", [], "return_ = p, q\n"),
         ("x = f(a)\n", "a", "p, q", [], "x = f((p, q))\n"),
         ("x = a.b\n", "a", "-c", [], "x = (-c).b\n"),
@@ -136,6 +138,13 @@ def dedent(text: str) -> str:
             ["(i for i in y)"],
             "x = tuple((i for i in y))\n",
         ),
+        (
+            "if x:\n    f(\n        i for i in y\n    )\n",
+            "(\n        i for i in y\n    )",
+            "i",
+            [],
+            "if x:\n    f(\n        i\n    )\n",
+        ),
         ("x = [i for i in y]\n", "y", "a if b else c", [], "x = [i for i in (a if b else c)]\n"),
         ("x = a[1:n]\n", "n", "n + 1", [], "x = a[1:n + 1]\n"),
         ("x = a[:, :n]\n", "a[:, :n]", "b($0)[$1]", ["a", ":, :n"], "x = b(a)[:, :n]\n"),
@@ -150,6 +159,7 @@ def dedent(text: str) -> str:
         ("x = a * a\n", "a * a", "$0 ** 2", ["a"], "x = a ** 2\n"),
         ("f(x)\n", "f(x)", "g(x)", [], "g(x)\n"),
         ("x = f(a)\n", "f(a)", "$0 + $0", ["a"], "x = a + a\n"),
+        ("x = a + b\n", "a + b", "f($0) * $0", ["a + b"], "x = f(a + b) * (a + b)\n"),
         ("x = (yield a)\n", "a", "b, c", [], "x = (yield b, c)\n"),
         ("x = f'{a}'\n", "a", "b + c", [], "x = f'{b + c}'\n"),
         ("x = f'{a}'\n", "a", "{b}", [], "x = f'{({b})}'\n"),
@@ -191,6 +201,11 @@ def test_edits_nest_in_holes() -> None:
 def test_a_hole_can_be_replaced_itself() -> None:
     case = Case("x = f(a)\n")
     assert case.apply(case.replace("f(a)", "$0 * 2", "a"), case.replace("a", "b + c")) == "x = (b + c) * 2\n"
+
+
+def test_a_node_is_wrapped_and_changed_inside() -> None:
+    case = Case("x = f(a)\n")
+    assert case.apply(case.replace("f(a)", "g($0)", "f(a)"), case.replace("a", "b")) == "x = g(f(b))\n"
 
 
 def test_arguments_are_added_to_a_call_in_a_hole() -> None:
@@ -772,14 +787,22 @@ class _Editor(ast.NodeTransformer):
 
     def __init__(self, replacements: dict[int, tuple[str, tuple[ast.expr, ...]]]) -> None:
         self.replacements = replacements
+        self.visited: dict[int, ast.AST] = {}
 
     def visit(self, node: ast.AST) -> ast.AST:
         if id(node) not in self.replacements:
-            return super().generic_visit(node)
+            return self._inside(node)
         code, holes = self.replacements[id(node)]
         new = ast.parse(code.replace("$", "hole_"), mode="eval").body
-        filler = _Filler({f"hole_{number}": self.visit(hole) for number, hole in enumerate(holes)})
+        fillings = [self._inside(hole) if hole is node else self.visit(hole) for hole in holes]
+        filler = _Filler({f"hole_{number}": filling for number, filling in enumerate(fillings)})
         return filler.visit(new)  # type: ignore[no-any-return]
+
+    def _inside(self, node: ast.AST) -> ast.AST:
+        """`node` with what is below it visited; once only, as that changes it."""
+        if id(node) not in self.visited:
+            self.visited[id(node)] = super().generic_visit(node)
+        return self.visited[id(node)]
 
 
 class _Filler(ast.NodeTransformer):
@@ -820,10 +843,8 @@ def _replaced(draw: st.DrawFn) -> tuple[SourceFile, list[Replace]]:
     source = source_of(f"é = 1  # before\n\n\n{text}\n\nafter = [ 1,2 ]\n")
     edits = []
     for node in draw(st.lists(st.sampled_from(_loads(source.tree)), max_size=3, unique_by=id)):
-        inner = [part for part in _loads(node) if part is not node]
-        holes = tuple(draw(st.sampled_from(inner)) if inner else node for _ in range(2))
-        template = draw(st.sampled_from(REPLACEMENTS)) if inner else "z"
-        edits.append(Replace(PATH, node, template, holes if inner else ()))
+        holes = tuple(draw(st.sampled_from(_loads(node))) for _ in range(2))
+        edits.append(Replace(PATH, node, draw(st.sampled_from(REPLACEMENTS)), holes))
     return source, edits
 
 

@@ -170,8 +170,7 @@ class Region:
         argument = self.parents[id(node)]
         call = self.parents[id(argument)]
         assert isinstance(call, cst.Call)
-        before = len(self.module.code_for_node(call.whitespace_before_args)) + 1
-        return self.spans[id(argument)][0] - before, self.spans[id(call)][1]
+        return self.spans[id(call.whitespace_before_args)][0] - 1, self.spans[id(call)][1]
 
 
 def _header_as_leading_lines(module: cst.Module, source: SourceFile) -> cst.Module:

@@ -24,6 +24,7 @@ class _Hole:
 
     node: cst.CSTNode
     is_element: bool
+    owner: Replace
 
     def expression(self) -> cst.BaseExpression:
         if self.is_element or not isinstance(self.node, cst.BaseExpression):
@@ -184,6 +185,8 @@ class Rewriter:
                 return self._expression(child, parent, field, inside)
             case cst.BaseSlice() if id(child) in self._replacements:
                 return self._slice(child)
+            case cst.SubscriptElement() if _is_one_of_several(child, parent):
+                return _with_own_tuple(cast(cst.SubscriptElement, self._visit(child, enclosed=True)))
         return self._visit(child, enclosed or parentheses.opens_brackets(parent, field))
 
     # Expressions
@@ -191,7 +194,7 @@ class Rewriter:
     def _expression(self, old: cst.BaseExpression, parent: cst.CSTNode, field: str, enclosed: bool) -> cst.CSTNode:
         hole = self._holes.get(id(old))
         if hole is not None:
-            new = self._hole(hole.expression(), enclosed or bool(old.lpar))
+            new = self._filled(hole, enclosed or bool(old.lpar))
             return self._fitted(new, old, parent, field, enclosed)
         edit = self._replacements.get(id(old))
         if edit is None:
@@ -206,13 +209,13 @@ class Rewriter:
         code = cst.Expr(snippet.expression(edit.code, self.source))
         self._open_holes(code, edit)
         if id(code.value) in self._holes and not code.value.lpar:
-            return self._hole(self._holes[id(code.value)].expression(), enclosed or bool(old.lpar))
+            return self._filled(self._holes[id(code.value)], enclosed or bool(old.lpar))
         return cast(cst.BaseExpression, self._visit(code.value, enclosed or bool(old.lpar)))
 
     def _open_holes(self, code: cst.CSTNode, edit: Replace) -> None:
         """Tells the names in `code` that stand for holes from others, and marks the way to them."""
         self._alive.append(code)
-        holes = [self._hole_for(hole) for hole in edit.holes]
+        holes = [self._hole_for(hole, edit) for hole in edit.holes]
 
         def search(node: cst.CSTNode) -> bool:
             number = snippet.hole_number(node)
@@ -229,16 +232,18 @@ class Rewriter:
 
         search(code)
 
-    def _hole_for(self, node: ast.expr) -> _Hole:
+    def _hole_for(self, node: ast.expr, owner: Replace) -> _Hole:
         found = self.region.find(node)
-        return _Hole(found, isinstance(node, ast.Slice | ast.Starred) or bool(self._whole_index(node, found)))
+        is_element = isinstance(node, ast.Slice | ast.Starred) or bool(self._whole_index(node, found))
+        return _Hole(found, is_element, owner)
 
-    def _hole(self, hole: cst.BaseExpression, enclosed: bool) -> cst.BaseExpression:
-        """What has become of a hole, without the parentheses it stood in if nothing but a bracket is in them."""
-        edit = self._replacements.get(id(hole))
-        if edit is not None:
-            return self._replacement(hole, edit, enclosed)
-        new = cast(cst.BaseExpression, self._visit(hole, enclosed or bool(hole.lpar)))
+    def _filled(self, hole: _Hole, enclosed: bool) -> cst.BaseExpression:
+        """What has become of the expression in a hole, which is the replaced node itself where an edit wraps one."""
+        old = hole.expression()
+        edit = self._replacements.get(id(old))
+        if edit is not None and edit is not hole.owner:
+            return self._replacement(old, edit, enclosed)
+        new = cast(cst.BaseExpression, self._visit(old, enclosed or bool(old.lpar)))
         if isinstance(new, cst.GeneratorExp):
             return new if new.lpar else parentheses.wrap(new)
         return new
@@ -421,6 +426,18 @@ def conflict(edit: Edit, other: Edit | None, source: SourceFile) -> EditError:
         return EditError(f"{described(edit)} was not made")
     first, second = sorted((edit, other), key=lambda one: source.location(anchor(one)).line)
     return EditConflict(f"{described(first)} and {described(second)} want the same text")
+
+
+def _is_one_of_several(element: cst.SubscriptElement, parent: cst.CSTNode) -> bool:
+    return isinstance(element.comma, cst.Comma) or (isinstance(parent, cst.Subscript) and len(parent.slice) > 1)
+
+
+def _with_own_tuple(element: cst.SubscriptElement) -> cst.SubscriptElement:
+    """A tuple that is one part of an index has parentheses; where it is the whole index it needs none."""
+    index = element.slice
+    if isinstance(index, cst.Index) and isinstance(index.value, cst.Tuple) and not index.value.lpar:
+        return element.with_changes(slice=index.with_changes(value=parentheses.wrap(index.value)))
+    return element
 
 
 def _outer_parentheses(
