@@ -106,12 +106,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def functions_called(subject: Subject) -> dict[str, int]:
+    """How often every torch function is called from Python."""
     with _Functions() as mode:
         subject.tensors()
     return dict(mode.seen)
 
 
 def operators_run(subject: Subject) -> dict[str, int]:
+    """How often every operator runs."""
     with _Operators() as mode:
         subject.tensors()
     return dict(mode.seen)

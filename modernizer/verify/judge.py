@@ -54,11 +54,13 @@ def _exact(request: Request) -> bool:
 
 
 def weights_load(before: Recording, after: Recording, request: Request) -> Verdict:
+    """The old state dict loads strictly."""
     why = after.facts["load"]
     return Check("weights load", not why, why or f"all {len(before.state)} entries of the old state dict, strictly")
 
 
 def outputs_equal(before: Recording, after: Recording, request: Request) -> Verdict:
+    """The same outputs in float64, for every set of weights."""
     name = "outputs equal"
     if "float64" in before.errors:
         return f"{name}: only compared in the model's own precision, float64 fails before ({before.errors['float64']})"
@@ -74,6 +76,7 @@ def outputs_equal(before: Recording, after: Recording, request: Request) -> Verd
 
 
 def gradients_equal(before: Recording, after: Recording, request: Request) -> Verdict:
+    """The same gradients of all parameters that both have, in float64."""
     name = "gradients equal"
     pairs = list(zip(before.exact_gradients, after.exact_gradients, strict=False))
     if not any(first for first, _ in pairs):
@@ -132,6 +135,7 @@ def _tensor_gap(first: Tensor, second: Tensor | None, floor: float) -> float:
 
 
 def output_kind(before: Recording, after: Recording, request: Request) -> Verdict:
+    """As many outputs as before, of the same shapes and dtypes."""
     was, now = ([(tuple(shape), dtype) for shape, dtype, _ in r.facts["output"]] for r in (before, after))
     said = ", ".join(f"{dtype.removeprefix('torch.')}{list(shape)}" for shape, dtype in was)
     if was == now:
@@ -140,6 +144,7 @@ def output_kind(before: Recording, after: Recording, request: Request) -> Verdic
 
 
 def finite(before: Recording, after: Recording, request: Request) -> Verdict:
+    """No nan and no infinity where there was none."""
     was, now = (all(ok for _, _, ok in r.facts["output"]) for r in (before, after))
     if not was:
         return "finite output: was not finite before"
@@ -147,6 +152,7 @@ def finite(before: Recording, after: Recording, request: Request) -> Verdict:
 
 
 def gradient_flow(before: Recording, after: Recording, request: Request) -> Verdict:
+    """Every parameter that a gradient reached is still reached, and every new one that is in use."""
     name = "gradient flow"
     if "flow" in before.errors:
         return f"{name}: not measured ({before.errors['flow']})"
@@ -199,6 +205,7 @@ def causality(before: Recording, after: Recording, request: Request) -> Verdict:
 
 
 def repeatable(before: Recording, after: Recording, request: Request) -> Verdict:
+    """Two calls in eval mode, seeded differently, agree where they did."""
     name = "repeatable"
     if not before.facts.get("repeatable"):
         return f"{name}: two calls gave different outputs before already"
@@ -207,6 +214,7 @@ def repeatable(before: Recording, after: Recording, request: Request) -> Verdict
 
 
 def training(before: Recording, after: Recording, request: Request) -> Verdict:
+    """One step in training mode works where it did."""
     name = "training step"
     if "training" in before.errors or before.facts["training"]:
         why = before.errors.get("training") or before.facts["training"]
@@ -216,12 +224,14 @@ def training(before: Recording, after: Recording, request: Request) -> Verdict:
 
 
 def parameter_count(before: Recording, after: Recording, request: Request) -> Verdict:
+    """The parameters before and after, for information."""
     was, now = total(before.parameters), total(after.parameters)
     change = f"{100 * (now - was) / was:+.2f} %" if was else "new"
     return f"parameters: {was:,} before, {now:,} after ({change})"
 
 
 def timing(before: Recording, after: Recording, request: Request) -> Verdict:
+    """The time of a call before and after, for information."""
     was, now = before.facts.get("seconds"), after.facts.get("seconds")
     if not was or not now:
         return None

@@ -73,6 +73,7 @@ class Subject:
 
 
 def main_of(tensors: list[Tensor]) -> Tensor:
+    """The tensor of an output that is looked at, see `Subject.main`."""
     return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
 
 

@@ -25,6 +25,7 @@ class Property:
 
 
 def no_absolute_positions(before: Recording, after: Recording, request: Request) -> Check | str:
+    """Equal contents at all places give equal outputs at all places."""
     name, was, now = "positions gone", before.facts["spread"], after.facts["spread"]
     if was <= 1e-4:
         return f"{name}: not measured, equal contents gave equal outputs before already"
@@ -75,6 +76,7 @@ def _in_list(path: str) -> bool:
 
 
 def stack_ends_in_norm(before: Recording, after: Recording, request: Request) -> Check | None:
+    """The size of the output stays bound by a norm where it was."""
     name, was, now = "final norm", before.facts["scale"], after.facts["scale"]
     if was is None or now is None or was >= 5:
         return None  # the output's size was not bound by a norm before
@@ -83,6 +85,7 @@ def stack_ends_in_norm(before: Recording, after: Recording, request: Request) ->
 
 
 def gate_runs(before: Recording, after: Recording, request: Request) -> Check:
+    """A silu runs, and for every one an old activation less."""
     was, now = before.facts["operators"], after.facts["operators"]
     gained = now.get("silu", 0) - was.get("silu", 0)
     lost = sum(was.get(op, 0) - now.get(op, 0) for op in ACTIVATIONS)
@@ -116,6 +119,7 @@ def _rounding(before: Recording, after: Recording) -> int:
 
 
 def fused_attention_runs(before: Recording, after: Recording, request: Request) -> Check:
+    """scaled_dot_product_attention is called more often than before."""
     name = "scaled_dot_product_attention"
     was, now = (recording.facts["functions"].get(name, 0) for recording in (before, after))
     return Check("fused attention", now > was, f"{name} is called {now} times, {was} before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def locate(path: Path, model: str) -> tuple[Target, str]:
     A file is a module of its own, or of the package it lies in. In a folder, `model` names the module first, as in
     `package.module:Model(vocab=32)`. Raises VerifyError where there is no such module.
     """
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would leave a folder whose files are links
     if path.is_file():
         return _target_of_file(path), model
     if not path.is_dir():

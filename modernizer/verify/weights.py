@@ -12,6 +12,7 @@ SHAKE = 0.1
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's state dict."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,16 @@ from modernizer.verify.judge import judge
 from modernizer.verify.loading import Subject
 from modernizer.verify.recording import Recorder, Recording
 from modernizer.verify.request import Request, locate
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the child processes: more threads only get in each other's way on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 MODEL, INPUTS = "Toy(layers=LAYERS)", "torch.randint(1, 32, (3, 9))"
 
@@ -120,7 +132,7 @@ def test_all_rules_together_pass(tmp_path: Path) -> None:
         ("training step", Effect.FUNCTION, {"fault": "training"}),
     ],
 )
-def test_fault_is_named(tmp_path: Path, name: str, effect: Effect, now: dict[str, object]) -> None:
+def test_fault_is_named(tmp_path: Path, name: str, effect: Effect, now: dict[str, Any]) -> None:
     assert name in failed(compare(tmp_path, effect, **now))
 
 
@@ -138,7 +150,7 @@ def test_fault_is_named(tmp_path: Path, name: str, effect: Effect, now: dict[str
         ("fused attention", "sdpa", {}),
     ],
 )
-def test_broken_promise_of_a_rule_is_named(tmp_path: Path, name: str, rule: str, now: dict[str, object]) -> None:
+def test_broken_promise_of_a_rule_is_named(tmp_path: Path, name: str, rule: str, now: dict[str, Any]) -> None:
     assert name in failed(compare(tmp_path, Effect.PARAMETERS, rule, **now))
 
 

@@ -118,6 +118,14 @@ def test_file_of_a_package_is_imported_with_its_package(tmp_path: Path) -> None:
     assert expression == "Toy()"
 
 
+def test_link_stands_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    link = tmp_path / "copy" / "model.py"
+    link.symlink_to(write(tmp_path, "original"))
+    target, _ = locate(link, "Toy()")
+    assert (target.root, target.module) == (str(tmp_path / "copy"), "model")
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
