@@ -45,15 +45,16 @@ def execute(project: Project) -> Graph:
     scopes = [s for path in project.named if (s := machine.scopes.get(path)) is not None]
     classes = [c for scope in scopes for c in scope.classes() if is_module_class(c)]
     built = _build_factories(graph, scopes, classes)
-    inner = _constructed_by_others(graph, classes)
+    made = {cls.node: module for cls in classes if (module := _construct(graph, cls)) is not None}
+    inner = _constructed_by_others(graph, set(made.values()))
     for module in built:
         _run_methods(graph, module)
     for cls in classes:
-        if cls.node not in inner and not _ran(graph, cls):
-            _run_class(graph, cls)
+        if cls.node in made and cls.node not in inner and not _ran(graph, cls):
+            _run_methods(graph, made[cls.node])
     for cls in classes:
-        if not _ran(graph, cls) and not _subclassed(cls, classes):
-            _run_class(graph, cls)
+        if cls.node in made and not _ran(graph, cls) and not _subclassed(cls, classes):
+            _run_methods(graph, made[cls.node])
     return graph
 
 
@@ -93,19 +94,9 @@ def _in_constructor(frame: Frame) -> bool:
     return any(f.function is not None and f.function.name == "__init__" for f in frame.outward())
 
 
-def _constructed_by_others(graph: Graph, classes: list[Class]) -> set[ast.ClassDef]:
-    """The classes of which another class of the project makes instances."""
-    inner: set[ast.ClassDef] = set()
-    for cls in classes:
-        start = len(graph.machine.modules)
-        module = _construct(graph, cls)
-        for made in graph.machine.modules[start:]:
-            if made is not module and made.cls is not None and made.cls.node is not cls.node:
-                inner.add(made.cls.node)
-    for module in graph.machine.modules:
-        if module.owner is not None and module.cls is not None:
-            inner.add(module.cls.node)
-    return inner
+def _constructed_by_others(graph: Graph, alone: set[Module]) -> set[ast.ClassDef]:
+    """The classes of which another class or a factory of the project makes instances."""
+    return {m.cls.node for m in graph.machine.modules if m.cls is not None and (m not in alone or m.owner is not None)}
 
 
 def _construct(graph: Graph, cls: Class) -> Module | None:
@@ -153,12 +144,6 @@ def open_arguments(machine: Machine, frame: Frame, node: ast.FunctionDef, scope:
             "input" if op == "argument" else op, (), parameter, frame, name=parameter.arg
         )
     return values
-
-
-def _run_class(graph: Graph, cls: Class) -> None:
-    module = _construct(graph, cls)
-    if module is not None:
-        _run_methods(graph, module)
 
 
 def _run_methods(graph: Graph, module: Module) -> None:
