@@ -161,6 +161,8 @@ def dedent(text: str) -> str:
         ("x = f(a)\n", "f(a)", "$0 + $0", ["a"], "x = a + a\n"),
         ("x = a + b\n", "a + b", "f($0) * $0", ["a + b"], "x = f(a + b) * (a + b)\n"),
         ("x = (yield a)\n", "a", "b, c", [], "x = (yield b, c)\n"),
+        ("match a:\n    case 1 if b: c\n", "b", "p or q", [], "match a:\n    case 1 if p or q: c\n"),
+        ("match a:\n    case 1 if b: c\n", "a", "p, q", [], "match p, q:\n    case 1 if b: c\n"),
         ("x = f'{a}'\n", "a", "b + c", [], "x = f'{b + c}'\n"),
         ("x = f'{a}'\n", "a", "{b}", [], "x = f'{({b})}'\n"),
     ],
@@ -746,6 +748,28 @@ def test_a_result_that_is_not_python_is_an_error() -> None:
     case = Case("x = a\n")
     with pytest.raises(EditError, match="internal error"):
         case.apply(case.replace("x", "f()"))
+
+
+@pytest.mark.parametrize(
+    ("text", "node"),
+    [
+        ("x = f(a + b)\n", "a"),
+        ("x = {a: b}\n", "b"),
+        ("def f(a=b): ...\n", "b"),
+        ("x = y[a, b]\n", "a, b"),
+        ("x = a\n", "a"),
+    ],
+)
+def test_what_is_no_element_cannot_be_deleted(text: str, node: str) -> None:
+    case = Case(text)
+    with pytest.raises(EditError, match="left out"):
+        case.apply(case.delete_expression(node))
+
+
+def test_a_starred_element_cannot_be_replaced() -> None:
+    case = Case("x = [*a]\n")
+    with pytest.raises(EditError, match="star"):
+        case.apply(case.replace("*a", "b"))
 
 
 def test_no_edits_change_nothing() -> None:

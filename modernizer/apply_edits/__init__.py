@@ -16,7 +16,8 @@ from dataclasses import fields, replace
 from modernizer.apply_edits.blocks import blank_lines_between, kind
 from modernizer.apply_edits.import_edits import import_edits, import_statements
 from modernizer.apply_edits.region import Region
-from modernizer.apply_edits.rewrite import Rewriter, anchor
+from modernizer.apply_edits.rewrite import Rewriter
+from modernizer.apply_edits.targets import anchor
 from modernizer.edit import AddImport, Edit, EditError
 from modernizer.source import SourceError, SourceFile
 

@@ -85,6 +85,8 @@ _PLACES: dict[tuple[type[cst.CSTNode], str], Place] = {
     (cst.Index, "value"): _TUPLE,
     (cst.If, "test"): _NAMED,
     (cst.While, "test"): _NAMED,
+    (cst.MatchCase, "guard"): _NAMED,
+    (cst.Match, "subject"): _TUPLE,
     (cst.Decorator, "decorator"): _NAMED,
     (cst.Assert, "test"): _EXPRESSION,
     (cst.Assert, "msg"): _EXPRESSION,

@@ -79,7 +79,7 @@ class Region:
             raise EditError(f"{source.path}: LibCST does not give back the text at offset {start}")
         self.module = _header_as_leading_lines(parsed, source)
         self.spans = recorder.spans
-        self._recorder = recorder
+        self._recorder = recorder  # its nodes must live as long as they are looked up by id
         self.parents = recorder.parents
         # The first statement is another object now.
         first_old, first_new = parsed.body[0], self.module.body[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -12,10 +11,10 @@ import libcst as cst
 
 from modernizer.apply_edits import parentheses, snippet
 from modernizer.apply_edits.blocks import Block, Piece, Statement, one_line
-from modernizer.apply_edits.elements import edit_elements, elements_of
+from modernizer.apply_edits.comma_lists import edit_elements, elements_of
 from modernizer.apply_edits.region import Region
-from modernizer.edit import AddArgument, AddParameter, Delete, Edit, EditConflict, EditError, Insert, Replace
-from modernizer.source import SourceFile
+from modernizer.apply_edits.targets import Targets, whole_index
+from modernizer.edit import AddParameter, Edit, EditError, Replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +32,15 @@ class _Hole:
 
 
 class Rewriter:
-    """The edits of one region, each at the node it is about."""
+    """Makes the edits of one region."""
 
     def __init__(self, region: Region, edits: Sequence[Edit]) -> None:
         self.region = region
         self.source = region.source
-        self._replacements: dict[int, Replace] = {}
-        self._deletions: dict[int, Delete] = {}
-        self._insertions: defaultdict[int, list[Insert]] = defaultdict(list)
-        self._additions: defaultdict[int, list[AddArgument | AddParameter]] = defaultdict(list)
+        self._targets = Targets(region, edits)
+        self._dirty = self._targets.dirty
         self._holes: dict[int, _Hole] = {}
-        self._dirty: set[int] = set()
-        self._targets: list[tuple[Edit, cst.CSTNode]] = []
-        self._made: set[int] = set()
         self._alive: list[cst.CSTNode] = []  # nodes of snippets: what is looked up by id must not be collected
-        for edit in edits:
-            self._register(edit)
 
     def rewrite(self) -> cst.Module:
         """The region's module with all edits made; raises EditConflict where one edit does away with another."""
@@ -56,76 +48,8 @@ class Rewriter:
             block = self._block(self.region.module.body, top_level=True)
         except cst.CSTValidationError as error:
             raise EditError(f"{self.source.path}: internal error, the edits do not lead to Python: {error}") from error
-        for edit, target in self._targets:
-            if id(edit) not in self._made:
-                raise conflict(edit, self._blocker(target), self.source)
+        self._targets.check_all_made()
         return self.region.module.with_changes(body=block.body, footer=block.footer() or self.region.module.footer)
-
-    # What is to be done where
-
-    def _register(self, edit: Edit) -> None:
-        target = self.region.find(anchor(edit))
-        match edit:
-            case Replace():
-                places: Sequence[cst.CSTNode] = self._whole_index(edit.node, target) or [target]
-                for place in places:
-                    self._claim(place, edit)
-                    self._replacements[id(place)] = edit
-                    target = place
-            case Delete():
-                target = self._removable(target, edit)
-                self._claim(target, edit)
-                self._deletions[id(target)] = edit
-            case Insert():
-                self._insertions[id(target)].append(edit)
-            case AddArgument() | AddParameter():
-                self._additions[id(target)].append(edit)
-        self._targets.append((edit, target))
-        self._mark(target)
-
-    def _claim(self, target: cst.CSTNode, edit: Edit) -> None:
-        other = self._replacements.get(id(target)) or self._deletions.get(id(target))
-        if other is not None:
-            raise conflict(edit, other, self.source)
-
-    def _mark(self, target: cst.CSTNode) -> None:
-        node: cst.CSTNode | None = target
-        while node is not None and id(node) not in self._dirty:
-            self._dirty.add(id(node))
-            node = self.region.parent(node)
-
-    def _whole_index(self, node: ast.AST, found: cst.CSTNode) -> Sequence[cst.SubscriptElement]:
-        """The parts of an index `a, b`, which is one node for `ast` alone; nothing where `node` is something else."""
-        return found.slice if isinstance(node, ast.Tuple) and isinstance(found, cst.Subscript) else ()
-
-    def _removable(self, target: cst.CSTNode, edit: Delete) -> cst.CSTNode:
-        """The element that goes when `target` does: an argument with its keyword, an entry with its value."""
-        if self._whole_index(edit.node, target):
-            raise EditError(f"{self.source.location(edit.node)}: an index cannot be left out")
-        if isinstance(target, cst.BaseSmallStatement | cst.BaseCompoundStatement | cst.StarredElement):
-            return target
-        node: cst.CSTNode | None = target
-        while isinstance(node, cst.BaseExpression | cst.BaseSlice | cst.Index | cst.Name):
-            node = self.region.parent(node)
-        removable = (cst.Arg, cst.Element, cst.DictElement, cst.Param, cst.ImportAlias, cst.SubscriptElement)
-        if isinstance(node, (*removable, cst.Decorator, cst.AssignTarget, cst.Del)):
-            return node
-        raise EditError(f"{self.source.location(edit.node)}: nothing that could be left out")
-
-    def _blocker(self, target: cst.CSTNode) -> Edit | None:
-        node: cst.CSTNode | None = target
-        while node is not None:
-            edit = self._replacements.get(id(node)) or self._deletions.get(id(node))
-            if edit is not None and id(edit) in self._made:
-                return edit
-            node = self.region.parent(node)
-        return None
-
-    def _is_deleted(self, node: cst.CSTNode) -> bool:
-        edit = self._deletions.get(id(node))
-        if edit is not None:
-            self._made.add(id(edit))
-        return edit is not None
 
     # Any node
 
@@ -134,7 +58,7 @@ class Rewriter:
         if id(node) not in self._dirty:
             return node
         parts = elements_of(node)
-        doomed = [self._is_deleted(part) for part in parts]
+        doomed = [self._targets.take_deletion(part) for part in parts]
         additions = self._additions_to(node, enclosed)
         changed = self._with_changed_children(node, enclosed)
         if any(doomed) or additions:
@@ -157,11 +81,11 @@ class Rewriter:
     ) -> list[cst.CSTNode]:
         children: list[cst.CSTNode] = []
         for value in values:
-            if isinstance(value, cst.SubscriptElement) and id(value) in self._replacements:
-                return self._index(self._replacements[id(value)])
-            if isinstance(value, cst.Decorator | cst.AssignTarget) and self._is_deleted(value):
+            if isinstance(value, cst.SubscriptElement) and (edit := self._targets.replacement(value)) is not None:
+                return self._index(edit)
+            if isinstance(value, cst.Decorator | cst.AssignTarget) and self._targets.take_deletion(value):
                 continue
-            if id(value) not in self._dirty or id(value) in self._deletions:
+            if id(value) not in self._dirty or self._targets.is_deleted(value):
                 children.append(value)  # what goes is taken out later, and edits in it are conflicts
             elif (hole := self._element_hole(value)) is not None:
                 children += self._element_of_hole(value, hole)
@@ -183,8 +107,8 @@ class Rewriter:
             case cst.BaseExpression():
                 inside = enclosed or parentheses.opens_brackets(parent, field)
                 return self._expression(child, parent, field, inside)
-            case cst.BaseSlice() if id(child) in self._replacements:
-                return self._slice(child)
+            case cst.BaseSlice() if (edit := self._targets.replacement(child)) is not None:
+                return self._slice(edit)
             case cst.SubscriptElement() if _is_one_of_several(child, parent):
                 return _with_own_tuple(cast(cst.SubscriptElement, self._visit(child, enclosed=True)))
         return self._visit(child, enclosed or parentheses.opens_brackets(parent, field))
@@ -196,7 +120,7 @@ class Rewriter:
         if hole is not None:
             new = self._filled(hole, enclosed or bool(old.lpar))
             return self._fitted(new, old, parent, field, enclosed)
-        edit = self._replacements.get(id(old))
+        edit = self._targets.replacement(old)
         if edit is None:
             return self._visit(old, enclosed or bool(old.lpar))
         new = self._replacement(old, edit, enclosed)
@@ -204,7 +128,7 @@ class Rewriter:
         return parentheses.wrap(new) if not new.lpar and self._touches(new, old) else new
 
     def _replacement(self, old: cst.BaseExpression, edit: Replace, enclosed: bool) -> cst.BaseExpression:
-        self._made.add(id(edit))
+        self._targets.take(edit)
         # Parsed below a statement, so that a hole which is the whole code has a parent as well.
         code = cst.Expr(snippet.expression(edit.code, self.source))
         self._open_holes(code, edit)
@@ -234,13 +158,13 @@ class Rewriter:
 
     def _hole_for(self, node: ast.expr, owner: Replace) -> _Hole:
         found = self.region.find(node)
-        is_element = isinstance(node, ast.Slice | ast.Starred) or bool(self._whole_index(node, found))
+        is_element = isinstance(node, ast.Slice | ast.Starred) or bool(whole_index(node, found))
         return _Hole(found, is_element, owner)
 
     def _filled(self, hole: _Hole, enclosed: bool) -> cst.BaseExpression:
         """What has become of the expression in a hole, which is the replaced node itself where an edit wraps one."""
         old = hole.expression()
-        edit = self._replacements.get(id(old))
+        edit = self._targets.replacement(old)
         if edit is not None and edit is not hole.owner:
             return self._replacement(old, edit, enclosed)
         new = cast(cst.BaseExpression, self._visit(old, enclosed or bool(old.lpar)))
@@ -273,15 +197,14 @@ class Rewriter:
 
     # Holes and edits that are parts of an index, or starred
 
-    def _slice(self, old: cst.BaseSlice) -> cst.CSTNode:
-        edit = self._replacements[id(old)]
+    def _slice(self, edit: Replace) -> cst.CSTNode:
         elements = self._index(edit)
         if len(elements) != 1:
             raise EditError(f"{self.source.location(edit.node)}: one slice cannot become several")
         return cst.ensure_type(elements[0], cst.SubscriptElement).slice
 
     def _index(self, edit: Replace) -> list[cst.CSTNode]:
-        self._made.add(id(edit))
+        self._targets.take(edit)
         code = snippet.subscript(edit.code, self.source)
         self._open_holes(code, edit)
         return list(cast(cst.Subscript, self._visit(code, enclosed=True)).slice)
@@ -310,8 +233,7 @@ class Rewriter:
 
     def _additions_to(self, node: cst.CSTNode, enclosed: bool) -> list[cst.CSTNode]:
         new: list[cst.CSTNode] = []
-        for edit in self._additions.get(id(node), ()):
-            self._made.add(id(edit))
+        for edit in self._targets.take_additions(node):
             if isinstance(edit, AddParameter):
                 new.append(snippet.parameter(edit.code, self.source))
                 continue
@@ -345,22 +267,21 @@ class Rewriter:
     def _pieces(self, statement: cst.BaseSmallStatement | cst.BaseCompoundStatement) -> list[Piece]:
         """What has become of one statement, between what is inserted before and after it."""
         inserted: dict[str, list[Piece]] = {"before": [], "after": []}
-        for edit in self._insertions.get(id(statement), ()):
-            self._made.add(id(edit))
+        for edit in self._targets.take_insertions(statement):
             body, comments = snippet.statements(edit.code, self.source)
             inserted[edit.where].append(Piece(body, inserted=True, trailing_comments=comments))
         return [*inserted["before"], *self._own_piece(statement), *inserted["after"]]
 
     def _own_piece(self, statement: cst.BaseSmallStatement | cst.BaseCompoundStatement) -> list[Piece]:
-        replacement = self._replacements.get(id(statement))
+        replacement = self._targets.replacement(statement)
         if replacement is not None:
-            self._made.add(id(replacement))
+            self._targets.take(replacement)
             body, comments = snippet.statements(replacement.code, self.source)
             for new in body:
                 self._open_holes(new, replacement)
             changed = [cast(Statement, self._visit(new, enclosed=False)) for new in body]
             return [Piece(changed, trailing_comments=comments)]
-        if self._is_deleted(statement):
+        if self._targets.take_deletion(statement):
             return []
         if self._loses_all_names(statement):
             return []
@@ -372,7 +293,7 @@ class Rewriter:
 
     def _loses_all_names(self, statement: cst.CSTNode) -> bool:
         parts = elements_of(statement) if isinstance(statement, cst.Import | cst.ImportFrom) else []
-        return bool(parts) and all(self._is_deleted(part) for part in parts)
+        return bool(parts) and all(self._targets.take_deletion(part) for part in parts)
 
     def _suite(self, suite: cst.SimpleStatementSuite) -> cst.BaseSuite:
         """A suite on the line of its header stays there while it can."""
@@ -402,30 +323,6 @@ class Rewriter:
 
 
 _EQUAL = cst.AssignEqual(whitespace_before=cst.SimpleWhitespace(""), whitespace_after=cst.SimpleWhitespace(""))
-
-
-def anchor(edit: Edit) -> ast.AST:
-    """The node an edit is about."""
-    match edit:
-        case Replace() | Delete():
-            return edit.node
-        case Insert():
-            return edit.anchor
-        case AddArgument():
-            return edit.call
-        case AddParameter():
-            return edit.function
-    raise AssertionError(edit)
-
-
-def conflict(edit: Edit, other: Edit | None, source: SourceFile) -> EditError:
-    def described(one: Edit) -> str:
-        return f"{type(one).__name__} at {source.path}:{source.location(anchor(one)).line}"
-
-    if other is None:
-        return EditError(f"{described(edit)} was not made")
-    first, second = sorted((edit, other), key=lambda one: source.location(anchor(one)).line)
-    return EditConflict(f"{described(first)} and {described(second)} want the same text")
 
 
 def _is_one_of_several(element: cst.SubscriptElement, parent: cst.CSTNode) -> bool:
