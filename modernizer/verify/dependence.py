@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modernizer.verify import tensors
 from modernizer.verify.flow import hooked
 from modernizer.verify.loading import Subject
-from modernizer.verify.tensors import altered, altered_from, altered_until, constant, is_masklike, leaves, replace_leaf
-from modernizer.verify.tensors import spread as spread_of
+from modernizer.verify.tensors import (
+    altered,
+    altered_from,
+    altered_until,
+    constant,
+    is_masklike,
+    leaves,
+    rebuild,
+    replace_leaf,
+)
 
 # An axis of an input and an axis of the output that are equally long: (number of the input, its axis, output axis)
 Pair = tuple[int, int, int]
@@ -64,24 +73,35 @@ def _gap(a: Tensor, b: Tensor, axis: int = 0, start: int = 0, end: int | None = 
 def order_response(subject: Subject, candidates: Sequence[Pair]) -> list[float]:
     """What changes when inputs change places; each number is 0 for a model that does not know about order.
 
-    For every input but masks and every axis of it: the output's change when the axis is rolled by one; and for every
-    pair the change when the output is rolled back, and of the last place when the first two are swapped. (Reversing
-    would not do: it keeps all distances, so a symmetric bias of distances does not see it.)
+    For every input but masks and every axis of it, alone and together with the other inputs as long: the output's
+    change when the axis is rolled by one; and for every pair the change when the output is rolled back, and of the last
+    place when the first two are swapped. (Reversing would not do: it keeps all distances, so a symmetric bias of
+    distances does not see it.)
     """
     plain, found = subject.main(), []
     for number, leaf in enumerate(leaves(subject.inputs)):
         for axis, size in enumerate(leaf.shape):
             if size < 3 or is_masklike(leaf):
                 continue
-            rolled = subject.main(replace_leaf(subject.inputs, number, leaf.roll(1, axis)))
-            found.append(_gap(plain, rolled))
-            swap = torch.tensor([1, 0, *range(2, size)])
-            swapped = subject.main(replace_leaf(subject.inputs, number, leaf.index_select(axis, swap)))
-            for other, other_axis, out in candidates:
-                if (other, other_axis) == (number, axis):
+            outputs = [out for other, other_axis, out in candidates if (other, other_axis) == (number, axis)]
+            for together in (False, True):
+                rolled = subject.main(_reordered(subject.inputs, number, axis, [size - 1, *range(size - 1)], together))
+                swapped = subject.main(_reordered(subject.inputs, number, axis, [1, 0, *range(2, size)], together))
+                found.append(_gap(plain, rolled))
+                for out in outputs:
                     found.append(_gap(plain, rolled.roll(-1, out)))
                     found.append(_gap(plain, swapped, out, size - 1, size))
     return found
+
+
+def _reordered(inputs: Any, number: int, axis: int, order: Sequence[int], together: bool) -> Any:
+    """The inputs with one axis of one of them in another order, or of all that are as long there (padding masks)."""
+
+    def change(index: int, leaf: Tensor) -> Tensor:
+        fits = leaf.dim() > axis and leaf.shape[axis] == len(order)
+        return leaf.index_select(axis, torch.tensor(order)) if index == number or (together and fits) else leaf
+
+    return rebuild(inputs, change)
 
 
 def position_spread(subject: Subject) -> float:
@@ -97,7 +117,7 @@ def position_spread(subject: Subject) -> float:
     for number, leaf in enumerate(leaves(inputs)):
         inputs = replace_leaf(inputs, number, constant(leaf))
     output = subject.main(inputs).double()
-    return spread_of(output) / max(output.abs().max().item(), 1e-30)
+    return tensors.spread(output) / max(output.abs().max().item(), 1e-30)
 
 
 def _content_tables(subject: Subject) -> list[nn.Embedding]:
