@@ -13,6 +13,8 @@ import libcst as cst
 
 
 class Level(enum.IntEnum):
+    """How tightly an expression binds, loosest first."""
+
     YIELD = 0
     TUPLE = 1
     NAMED = 2
