@@ -295,16 +295,16 @@ class Removal:
             return True
         match statement:
             case ast.Assign():
-                return all(self._is_target(t, entities) for t in statement.targets) and _is_pure(statement.value)
+                return all(self._is_target(t, entities) for t in statement.targets) and is_pure(statement.value)
             case ast.AnnAssign():
-                return self._is_target(statement.target, entities) and (not statement.value or _is_pure(statement.value))
+                return self._is_target(statement.target, entities) and (not statement.value or is_pure(statement.value))
             case ast.AugAssign():
-                return self._is_target(statement.target, entities) and _is_pure(statement.value)
+                return self._is_target(statement.target, entities) and is_pure(statement.value)
             case ast.Expr():
                 return self._fills(statement.value, entities)
             case ast.If():
                 inner = [*statement.body, *statement.orelse]
-                return _is_pure(statement.test) and all(self._serves(s, entities) for s in inner)
+                return is_pure(statement.test) and all(self._serves(s, entities) for s in inner)
             case ast.For():
                 return all(self._serves(s, entities) for s in [*statement.body, *statement.orelse])
             case ast.With():
@@ -413,12 +413,12 @@ class Removal:
         """A block of which nothing is left goes as a whole, if its test does nothing."""
         for node in list(self.dropped):
             above = self.parent(node)
-            if isinstance(above, ast.If) and above not in self.dropped and _is_pure(above.test):
+            if isinstance(above, ast.If) and above not in self.dropped and is_pure(above.test):
                 if all(s in self.dropped or isinstance(s, ast.Pass) for s in [*above.body, *above.orelse]):
                     self.drop(above)
             elif isinstance(above, ast.For | ast.With) and above not in self.dropped:
                 if all(s in self.dropped or isinstance(s, ast.Pass) for s in above.body):
-                    if isinstance(above, ast.With) or (_is_pure(above.iter) and not above.orelse):
+                    if isinstance(above, ast.With) or (is_pure(above.iter) and not above.orelse):
                         self.drop(above)
 
     def _drop_mentions(self, name: str) -> None:
@@ -472,7 +472,7 @@ class Removal:
                 if statement not in self.dropped and not self._is_read(path, name, statement):
                     self.drop(statement)
             elif isinstance(statement, ast.Assign) and [getattr(t, "id", "") for t in statement.targets] == [name]:
-                if statement not in self.dropped and _is_pure(statement.value) and not self._is_read(path, name, statement):
+                if statement not in self.dropped and is_pure(statement.value) and not self._is_read(path, name, statement):
                     self.drop(statement)
             elif isinstance(statement, ast.Import | ast.ImportFrom):
                 for alias in statement.names:
@@ -578,7 +578,7 @@ def _assigned_names(statement: ast.stmt) -> list[str]:
     return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
-def _is_pure(node: ast.expr) -> bool:
+def is_pure(node: ast.expr) -> bool:
     """Whether evaluating an expression does nothing but make its value."""
     for part in ast.walk(node):
         if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):

@@ -21,6 +21,7 @@ ADDS = frozenset({"add"})
 # Operations of which all operands but the first give a size, a type or a device.
 AS_OTHER = frozenset("expand_as view_as reshape_as type_as to expand view reshape repeat".split())
 KINDS = frozenset("device dtype requires_grad is_cuda ndim".split())
+ASKS = frozenset("get_device is_floating_point is_contiguous element_size".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ class Contents:
             elif node.op == "slice" or node.op == "setitem":
                 if node.op == "setitem":
                     found["table"] = True
-            todo.extend(content_inputs(node))
+            todo.extend(inputs(node) if node.op == "parameter" else content_inputs(node))
         if found["mask"] and not found["wave"]:
             return ""
         if found["learned"]:
@@ -146,7 +147,7 @@ class Contents:
 
 def content_inputs(node: Node) -> list[Node]:
     """The data that the content of a datum is made of, not those that only say its size, type or device."""
-    if node.op in SHAPES or node.op in LIKE or node.op == "parameter" or (node.op == "attr" and node.name in KINDS):
+    if node.op in SHAPES or node.op in LIKE or node.op in ASKS or node.op == "parameter" or (node.op == "attr" and node.name in KINDS):
         return []
     if node.op in AS_OTHER:
         return [leaf for leaf in flatten(node.args[0]) if isinstance(leaf, Node)] if node.args else []
@@ -174,7 +175,7 @@ def _long_axes(parameter: Node) -> list[Value]:
 def _counts_kept(node: Node) -> bool:
     """Whether a running sum counts the tokens that are no padding: positions. One of separators counts segments."""
     counted = strip_views(node.args[0]) if node.args else None
-    return isinstance(counted, Node) and counted.op in ("ne", "noteq", "input", "logical_not", "invert", "ones", "ones_like")
+    return isinstance(counted, Node) and counted.op in ("ne", "noteq", "input", "logical_not", "invert", "ones", "ones_like", "fill")
 
 
 def _fills_parameter(node: Node) -> bool:

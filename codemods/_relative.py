@@ -1,0 +1,218 @@
+"""Plans the exchange of absolute positions for relative ones: the frame that `rope` and `alibi` fill in."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from codemods._anchors import Code
+from codemods._parts import Parts
+from codemods._survey import TORCH_LAYERS, Cannot, Group, Survey, given_names, place, torch_modules
+from codemods._takeout import take_out
+from modernizer.edit import AddArgument, Edit
+from modernizer.graph.query import is_torch
+from modernizer.graph.values import Const, External, Module
+from modernizer.imports import Imports
+from modernizer.model_map import ModelMap
+from modernizer.model_map.attention import Attention
+from modernizer.removal import Removal
+from modernizer.rule import Modern, Plan, Refusal, Upgrade
+
+Change = Callable[[Code, Parts, Sequence[tuple[Attention, bool]]], list[Edit]]
+DROP_INS = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one of the two rules puts in the place of positions."""
+
+    component: str  # modernizer.components.…
+    attribute: str  # and keyword of torch's layers
+    done: str  # what becomes of the positions, for the summary
+    change: Change  # the edits of one hand-written attention
+
+
+def plan(model: ModelMap, kind: Kind) -> Plan:
+    """One upgrade, refusal or modern site for each group of positions and the attentions they reach."""
+    survey, made = Survey(model), Plan()
+    for group in survey.groups():
+        _plan_group(survey, group, kind, made)
+    _note_rotated(survey, made)
+    for refusal in survey.shared_steps():
+        made.refusals.append(refusal)
+    return made
+
+
+def _plan_group(survey: Survey, group: Group, kind: Kind, made: Plan) -> None:
+    modern = [c for c in group.changed if survey.is_rotated(c)]
+    if modern and len(modern) == len(group.changed):
+        made.modern.append(Modern(group.location, "the attentions that these positions reach have relative ones already"))
+        return
+    try:
+        if modern:
+            raise Cannot("some of the attentions that these positions reach have relative ones already", place(modern[0]))
+        survey.check(group)
+        made.upgrades.append(_upgrade(survey, group, kind))
+    except Cannot as cannot:
+        made.refusals.append(Refusal(cannot.at or group.location, cannot.reason, cannot.hint))
+
+
+def _upgrade(survey: Survey, group: Group, kind: Kind) -> Upgrade:
+    removal = Removal(survey.model.graph)
+    code = Code(survey.model.graph, removal)
+    parts = Parts(code, f"modernizer.components.{kind.component}", kind.attribute, kind.attribute)
+    edits: list[Edit] = []
+    replaced: set[ast.AST] = set()
+    for site in group.attentions:
+        contexts = [(c, c in group.changed) for c in site.contexts]
+        if site.contexts[0].form in ("mha", "torch_layer"):
+            edits += _torch_edits(survey, removal, contexts, kind, replaced)
+        else:
+            edits += kind.change(code, parts, contexts)
+    take_out(removal, group)
+    edits += [*parts.edits, *removal.edits()]
+    return Upgrade(group.location, _summary(group, kind), tuple(edits), tuple(_notes(removal, group)))
+
+
+def _summary(group: Group, kind: Kind) -> str:
+    kinds = {p.kind for p in group.removed}
+    what = {"learned": "learned positions", "sinusoid": "sinusoidal positions"}.get(next(iter(kinds)), "positions")
+    what = what if len(kinds) == 1 else "positions"
+    count = len(group.attentions)
+    return f"{what} added to the stream become {kind.done} in {count} attention{'s' if count > 1 else ''}"
+
+
+def _notes(removal: Removal, group: Group) -> list[str]:
+    names = sorted({a.name for a in removal.gone_attributes})
+    notes = []
+    if names:
+        notes.append(f"checkpoints hold {', '.join(names)} no longer: load old ones with strict=False, then train on")
+    for name in given_names(group):
+        notes.append(f"`{name}` is accepted as before but has no effect: only distances between tokens count now")
+    if removal.mentions:
+        notes.append(f"a string still names what has gone: {', '.join(str(m) for m in removal.mentions)}")
+    return notes
+
+
+def _note_rotated(survey: Survey, made: Plan) -> None:
+    for site in survey.attentions:
+        if site.contexts and all(survey.is_relative(c) for c in site.contexts):
+            made.modern.append(Modern(site.location, "this attention has relative positions already"))
+
+
+# -- torch's own modules
+
+
+def _torch_edits(
+    survey: Survey,
+    removal: Removal,
+    contexts: Sequence[tuple[Attention, bool]],
+    kind: Kind,
+    replaced: set[ast.AST],
+) -> list[Edit]:
+    """torch's class becomes our class of that name, asked for relative positions."""
+    edits: list[Edit] = []
+    for context, changes in contexts:
+        if not changes:
+            continue
+        modules = torch_modules(context)
+        if not modules:
+            raise Cannot("the layers of this stack cannot be found", place(context))
+        for module in modules:
+            _check_torch(survey, context, module)
+            call = _root(module).call
+            if call in replaced:
+                continue
+            assert isinstance(call, ast.Call)
+            replaced.add(call)
+            edits += _drop_in(survey, removal, call, module, kind)
+    return edits
+
+
+def _root(module: Module) -> Module:
+    while module.template is not None:
+        module = module.template
+    return module
+
+
+def _check_torch(survey: Survey, context: Attention, module: Module) -> None:
+    call = _root(module).call
+    if module.cls is not None:
+        raise Cannot(
+            f"{module.cls.name} is built on torch's {module.torch_name.rpartition('.')[2]} and may override what it does",
+            place(context), "use torch's layer itself, or write the attention out",
+        )  # fmt: skip
+    if not is_torch(module, *DROP_INS) or not isinstance(call, ast.Call):
+        raise Cannot("what constructs this attention cannot be found", place(context))
+    made = [v for _, v in survey.model.graph.machine.at.get(call.func, ())]
+    short = module.torch_name.rpartition(".")[2]
+    if not made or any(not isinstance(v, External) or v.dotted != module.torch_name for v in made):
+        raise Cannot(f"nn.{short} is not constructed by a plain call", place(context))
+    for name in ("add_bias_kv", "add_zero_attn", "custom_encoder", "custom_decoder"):
+        given = module.args.get(name)
+        if given is not None and not (isinstance(given, Const) and not given.value):
+            raise Cannot(f"nn.{short} is given `{name}`", place(context))
+    dim, heads = (module.args.get(n) for n in (("embed_dim", "num_heads") if short == DROP_INS[0] else ("d_model", "nhead")))
+    if isinstance(dim, Const) and isinstance(heads, Const) and isinstance(dim.value, int) and isinstance(heads.value, int):
+        if heads.value and (dim.value // heads.value) % 2:
+            raise Cannot(f"heads of {dim.value // heads.value} features: pairs of features are rotated", place(context))
+    unchanged = [
+        c for c in survey.contexts
+        if not survey_changes(survey, c) and any(_root(m).call is call for m in torch_modules(c)) and c.form != "torch_layer"
+    ]  # fmt: skip
+    if unchanged:
+        raise Cannot("modules made by one constructor call attend both to their own sequence and to another's",
+                     place(unchanged[0]))  # fmt: skip
+
+
+def survey_changes(survey: Survey, context: Attention) -> bool:
+    return any(survey.reaches(p, context) for site in survey.positions for p in site.contexts)
+
+
+def _drop_in(survey: Survey, removal: Removal, call: ast.Call, module: Module, kind: Kind) -> list[Edit]:
+    path = removal.path(call)
+    source = survey.model.project.source(path)
+    assert source is not None
+    within = removal.function(call)
+    function = within if isinstance(within, ast.FunctionDef | ast.Lambda) else None
+    short = module.torch_name.rpartition(".")[2]
+    reference, new = Imports(source).reference(f"modernizer.components.{short}", function)
+    edits: list[Edit] = [AddArgument(path, call, "True", kind.attribute)]
+    removal.replace(call.func, reference)
+    return [*edits, new] if new is not None else edits
+
+
+# -- looking again
+
+
+def review(before: ModelMap, after: ModelMap, kind: Kind, upgrades: Sequence[object]) -> str:
+    """Why the result is not what was promised: absolute positions reach an attention that was upgraded, or one of the
+    attentions that the positions reached has no relative ones."""
+    old, new = Survey(before), Survey(after)
+    wanted = sum(_is_wanted(old, c) for c in old.contexts)
+    had = sum(old.is_relative(c) for c in old.contexts)
+    have = sum(new.is_relative(c) for c in new.contexts)
+    left = {id(c) for g in new.groups() for c in g.changed}
+    for context in new.contexts:
+        if id(context) in left and new.is_relative(context):
+            return f"absolute positions still reach the attention at {place(context)}"
+    if len(old.contexts) != len(new.contexts):
+        return "there are not as many attentions as before"
+    if [c.kind for c in old.contexts] != [c.kind for c in new.contexts]:
+        return "an attention changed between attending to its own sequence and to another"
+    if have - had + len(left) < wanted:
+        return f"{wanted} attentions should have relative positions or keep absolute ones, only {have - had + len(left)} do"
+    for context in new.contexts:
+        if context.form not in ("mha", "torch_layer") and new.rotates_one(context):
+            return f"only one of query and key is rotated at {place(context)}"
+        if context.kind == "cross" and new.is_rotated(context) and not any(old.is_rotated(c) for c in old.contexts):
+            return f"attention to another sequence is rotated at {place(context)}"
+    return ""
+
+
+def _is_wanted(survey: Survey, context: Attention) -> bool:
+    return any(survey.reaches(p, context) for site in survey.positions for p in site.contexts)
+
+
+__all__ = ["TORCH_LAYERS", "Kind", "Mapping", "plan", "review"]

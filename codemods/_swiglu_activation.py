@@ -1,0 +1,249 @@
+"""Where a feed-forward's activation is written, and what puts a gated one in its place."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from codemods._swiglu_places import Refused, Uses
+from modernizer.edit import Edit, Replace
+from modernizer.graph.query import IDENTITY, alternatives, base, origin
+from modernizer.graph.values import Class, External, Frame, Function, Method, Module, Node, Partial, Value
+from modernizer.model_map.feed_forward import FeedForward
+
+Reference = Callable[[str, ast.AST, Frame], tuple[str, Sequence[Edit]]]  # the text for a component at a place
+
+
+@dataclass(eq=False)
+class ActivationSite:
+    """The call in which an activation happens, and what is called: modules, or functions where there are none."""
+
+    call: ast.expr
+    frame: Frame
+    modules: list[Module] = field(default_factory=list)
+    is_formula: bool = False  # no call of its own: arithmetic in the feed-forward's own code
+
+
+def find_activation(made: FeedForward) -> ActivationSite:
+    """Where the activation of a feed-forward is written. Raises Refused where it is not in one place."""
+    around = {id(f) for end in (made.first.frame, made.second.frame) for f in end.outward()}
+    sites: dict[ast.AST, ActivationSite] = {}
+    steps = _steps(made)
+    helpers: set[int] = set()
+    for node in steps:
+        syntax, frame, entered = node.node, node.frame, None
+        while id(frame) not in around:
+            entered, syntax = frame, frame.call
+            helpers.add(id(frame))
+            if frame.caller is None:
+                raise Refused("its activation is computed out of sight")
+            frame = frame.caller
+        if not isinstance(syntax, ast.expr):
+            raise Refused("its activation is computed out of sight")
+        site = sites.setdefault(syntax, ActivationSite(syntax, frame))
+        called = entered.receiver if entered is not None and _is_forward(entered) else node.module
+        if isinstance(called, Module) and called not in site.modules and (entered is None or _is_forward(entered)):
+            site.modules.append(called)
+        site.is_formula = site.is_formula or (entered is None and not isinstance(syntax, ast.Call))
+    if any(n.op == "dropout" and any(id(f) in helpers for f in n.frame.outward()) for n in made.nodes):
+        raise Refused("its activation and a dropout are one function", "apply the dropout outside of it")
+    if len(sites) == 1:
+        return next(iter(sites.values()))
+    top = base(made.activated)
+    if isinstance(top, Node) and isinstance(top.node, ast.expr) and all(s in ast.walk(top.node) for s in sites):
+        return ActivationSite(top.node, top.frame, is_formula=True)
+    raise Refused("its activation is computed in several steps", "put it into one function")
+
+
+def _is_forward(frame: Frame) -> bool:
+    return frame.function is not None and frame.function.name in ("forward", "__call__")
+
+
+def _steps(made: FeedForward) -> list[Node]:
+    """The operations of the activation, without those on constants alone."""
+    depends = {id(made.first.value)}
+    found: list[Node] = []
+    for node in sorted(made.nodes, key=lambda n: n.order):
+        if any(id(a) in depends for a in node.inputs):
+            depends.add(id(node))
+            if node.op not in IDENTITY and node.op != "merge":
+                found.append(node)
+    return found
+
+
+class ActivationEdits:
+    """Puts gated activations in the place of plain ones."""
+
+    def __init__(self, uses: Uses, sites: Sequence[ActivationSite], reference: Reference) -> None:
+        self.uses = uses
+        self.reference = reference
+        self.calls = {site.call for site in sites}
+        self.callees = {site.call.func for site in sites if isinstance(site.call, ast.Call)}
+
+    def edits(self, site: ActivationSite, made: FeedForward) -> list[Edit]:
+        """The edits for one feed-forward; raises Refused where there is no safe one."""
+        axis = made.first.axis
+        if site.is_formula:
+            return self._in_formula(site, made, axis)
+        assert isinstance(site.call, ast.Call)
+        if not self._is_explicit(site):
+            return self._constructors(site, axis) or self._element(site, axis)
+        found: list[Edit] = []
+        if len({origin(m).call for m in site.modules}) == 1:
+            found = self._constructors(site, axis)
+        return found or self._assigned(site, axis) or self._called(site, made, axis)
+
+    def _is_explicit(self, site: ActivationSite) -> bool:
+        """Whether the call names the activation, rather than a container that it is in."""
+        assert isinstance(site.call, ast.Call)
+        for value in self.uses.values(site.call.func, site.frame):
+            for option in alternatives(value):
+                if isinstance(option, Module):
+                    return any(option is m for m in site.modules)
+                if isinstance(option, External | Function | Method | Partial | Class):
+                    return True
+                return isinstance(option, Node)  # a method of the datum
+        return False
+
+    # -- a module: where it is made
+
+    def _constructors(self, site: ActivationSite, axis: int) -> list[Edit]:
+        calls: dict[ast.Call, Frame] = {}
+        for module in site.modules:
+            made = origin(module)
+            if not isinstance(made.call, ast.Call) or made.frame is None or not self._is_made_for_this(made):
+                return []
+            calls[made.call] = made.frame
+        return [edit for call, frame in calls.items() for edit in self._module(call, frame, axis)]
+
+    def _is_made_for_this(self, module: Module) -> bool:
+        """Whether every module that a constructor call makes is applied in feed-forwards only."""
+        frame = module.frame
+        if frame is None or frame.function is None or module.call is None:
+            return False  # a module-level instance or table belongs to everybody
+        if frame.function.name != "__init__" and not self._makes_projections(frame):
+            return False
+        values = self.uses.values(module.call, frame)
+        if not any(option is module for v in values for option in alternatives(v)):
+            return False
+        results = [v for m in self.uses.modules_at[module.call] for v in self.uses.results.get(id(m), ())]
+        return all(id(v) in self.uses.activated for v in results)
+
+    def _makes_projections(self, frame: Frame) -> bool:
+        """Whether a function is the one that puts a feed-forward together, not a helper that looks an activation up."""
+        return any(
+            origin(m).frame is frame and any(id(v) in self.uses.roles for v in self.uses.results.get(id(m), ()))
+            for m in self.uses.machine.modules
+        )
+
+    def _module(self, place: ast.expr, frame: Frame, axis: int) -> list[Edit]:
+        text, imports = self.reference("GatedSiLU", place, frame)
+        return [Replace(frame.path, place, f"{text}({'' if axis == -1 else f'dim={axis}'})"), *imports]
+
+    def _element(self, site: ActivationSite, axis: int) -> list[Edit]:
+        """An element of a container that comes from elsewhere: an argument, a table of activations, a factory."""
+        assert isinstance(site.call, ast.Call)
+        found: dict[ast.expr, Frame] = {}
+        for container in self._containers(site):
+            if isinstance(container.call, ast.Call) and container.frame is not None:
+                for part in ast.walk(container.call):
+                    if isinstance(part, ast.expr) and any(
+                        option is m
+                        for v in self.uses.values(part, container.frame)
+                        for option in alternatives(v)
+                        for m in map(origin, site.modules)
+                    ):
+                        found.setdefault(part, container.frame)
+                        break
+        if len(found) != 1:
+            raise Refused("its activation is made where others are made too", "make one for the feed-forward alone")
+        ((part, frame),) = found.items()
+        return self._module(part, frame, axis)
+
+    def _containers(self, site: ActivationSite) -> Iterator[Module]:
+        assert isinstance(site.call, ast.Call)
+        todo = [o for v in self.uses.values(site.call.func, site.frame) for o in alternatives(v)]
+        wanted = {id(m) for m in site.modules}
+        seen: set[int] = set()
+        while todo:
+            value = todo.pop()
+            if not isinstance(value, Module) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            children = value.children.items if value.children else list(value.attributes.values())
+            options = [o for child in children for o in alternatives(child)]
+            if value.children and any(id(o) in wanted for o in options):
+                yield origin(value)
+            todo.extend(options)
+
+    # -- an attribute: where it is assigned
+
+    def _assigned(self, site: ActivationSite, axis: int) -> list[Edit]:
+        assert isinstance(site.call, ast.Call)
+        func = site.call.func
+        if not isinstance(func, ast.Attribute):
+            return []
+        statements: dict[ast.stmt, Frame] = {}
+        for called in self.uses.values(func):
+            for target, frame in self._targets(called, func.attr):
+                parent = frame.scope.source.parents.get(target)
+                if not isinstance(parent, ast.Assign) or len(parent.targets) != 1:
+                    return []
+                statements[parent] = frame
+        if len(statements) != 1:
+            return []
+        ((statement, frame),) = statements.items()
+        assert isinstance(statement, ast.Assign)
+        inside = set(ast.walk(statement.value))
+        given = self.uses.values(statement.targets[0])
+        for value in given:
+            for read, _ in self.uses.machine.reads[id(value)]:
+                is_read = isinstance(read, ast.Attribute) and isinstance(read.ctx, ast.Load) and read.attr == func.attr
+                if is_read and read not in inside and read not in self.callees:
+                    return []
+        if axis == -1 and all(isinstance(o, External | Function) for v in given for o in alternatives(v)):
+            text, imports = self.reference("swiglu", statement.value, frame)
+            return [Replace(frame.path, statement.value, text), *imports]
+        return self._module(statement.value, frame, axis)
+
+    def _targets(self, value: Value, attribute: str) -> Iterator[tuple[ast.Attribute, Frame]]:
+        for syntax, places in self.uses.machine.at.items():
+            if isinstance(syntax, ast.Attribute) and isinstance(syntax.ctx, ast.Store) and syntax.attr == attribute:
+                for frame, bound in places:
+                    if bound is value:
+                        yield syntax, frame
+
+    # -- a call: where it stands
+
+    def _called(self, site: ActivationSite, made: FeedForward, axis: int) -> list[Edit]:
+        assert isinstance(site.call, ast.Call)
+        call, frame = site.call, site.frame
+        if any(id(v) not in self.uses.activated for v in self.uses.values(call)):
+            raise Refused("its activation is applied to something else at the same place")
+        inside = {id(made.first.value), *map(id, made.nodes)}
+        operands = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+        operands += [*call.args, *(k.value for k in call.keywords)]
+        read = [p for p in operands if any(id(v) in inside for v in self.uses.values(p, frame))]
+        if len(read) != 1:
+            raise Refused("the operand of its activation cannot be told")
+        text, imports = self.reference("swiglu", call, frame)
+        rest = "" if axis == -1 else f", dim={axis}"
+        parent = frame.scope.source.parents.get(call)
+        if isinstance(parent, ast.Expr):
+            if not isinstance(read[0], ast.Name):
+                raise Refused("its activation works in place", "assign its result")
+            return [Replace(frame.path, parent, f"{read[0].id} = {text}({read[0].id}{rest})\n"), *imports]
+        return [Replace(frame.path, call, f"{text}($0{rest})", (read[0],)), *imports]
+
+    def _in_formula(self, site: ActivationSite, made: FeedForward, axis: int) -> list[Edit]:
+        if any(id(v) not in self.uses.activated for v in self.uses.values(site.call)):
+            raise Refused("its activation is applied to something else at the same place")
+        for part in ast.walk(site.call):
+            if isinstance(part, ast.Name) and any(
+                base(v) is made.first.value for v in self.uses.values(part, site.frame)
+            ):
+                text, imports = self.reference("swiglu", site.call, site.frame)
+                code = f"{text}($0{'' if axis == -1 else f', dim={axis}'})"
+                return [Replace(site.frame.path, site.call, code, (part,)), *imports]
+        raise Refused("its activation is a formula in several steps", "put it into one function")

@@ -1,0 +1,207 @@
+"""Takes additive positions out of the stream: where they are added, or at the call of what does nothing else."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+from codemods._survey import Cannot, Group, place
+from modernizer.graph.query import alternatives, location
+from modernizer.graph.values import Frame, Many, Node, Value
+from modernizer.model_map.position import Position, PositionSite, content_inputs
+from modernizer.removal import Removal, is_pure
+
+Call = tuple[ast.Call, Frame, str]  # a call that only adds positions, the frame it is in, the parameter it passes on
+
+
+def take_out(removal: Removal, group: Group) -> None:
+    """Marks everything that goes with the positions of a group. Raises Cannot where some would have to stay."""
+    for site in group.positions:
+        _take_out_site(removal, group, site)
+    removal.settle()
+    _check_learned(removal, group)
+
+
+def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> None:
+    gone = [p for p in site.contexts if p in group.removed]
+    stays = [p for p in site.contexts if p not in group.removed]
+    calls = [_adding_call(removal, p, stays) for p in gone]
+    if all(c is not None for c in calls):
+        for found in calls:
+            assert found is not None
+            call, _, parameter = found
+            removal.replace(call, "$0", (_argument(call, gone[calls.index(found)], parameter),))
+        return
+    if stays:
+        raise Cannot(
+            f"what adds positions here also serves where no attention follows ({place(stays[0])}), and does more than add",
+            place(gone[0]), "give the two uses a class each",
+        )  # fmt: skip
+    _take_out_sum(removal, gone)
+
+
+# -- at the call
+
+
+def _adding_call(removal: Removal, position: Position, stays: Sequence[Position]) -> Call | None:
+    """The outermost call that returns its argument with positions added, and nothing else."""
+    found: Call | None = None
+    frame: Frame | None = position.frame
+    while frame is not None and frame.function is not None and frame.caller is not None:
+        parameter = _passed_on(frame, position)
+        call = frame.call
+        if parameter is None or not isinstance(call, ast.Call) or frame.caller.function is None:
+            break
+        if not _calls_function(removal, call, frame) or any(call is f.call for p in stays for f in p.frame.outward()):
+            break
+        if frame.caller.path not in removal.project.named or _argument_of(call, frame, parameter) is None:
+            break
+        found = (call, frame.caller, parameter)
+        frame = frame.caller
+    return found
+
+
+def _passed_on(frame: Frame, position: Position) -> str | None:
+    """The parameter that a function returns with positions added, if that is all that it does."""
+    assert frame.result is not None
+    options = alternatives(frame.result)
+    if not all(o is position.add or o is position.stream for o in options) or position.add not in options:
+        return None
+    names = [n for n, v in frame.arguments.items() if v is position.stream]
+    return names[0] if len(names) == 1 else None
+
+
+def _calls_function(removal: Removal, call: ast.Call, frame: Frame) -> bool:
+    """Whether a call expression itself calls the function (not a Sequential that contains it)."""
+    for caller, value in removal.graph.machine.at.get(call.func, ()):
+        if caller is frame.caller:
+            receiver = getattr(value, "receiver", value)
+            function = getattr(value, "function", None)
+            if receiver is frame.receiver or function is frame.function or value is frame.function:
+                return True
+            if frame.receiver is None and getattr(value, "node", None) is (frame.function.node if frame.function else 0):
+                return True
+    return False
+
+
+def _argument(call: ast.Call, position: Position, parameter: str) -> ast.expr:
+    frame = next(f for f in position.frame.outward() if f.call is call)
+    found = _argument_of(call, frame, parameter)
+    assert found is not None
+    return found
+
+
+def _argument_of(call: ast.Call, frame: Frame, parameter: str) -> ast.expr | None:
+    assert frame.function is not None
+    spec = frame.function.node.args
+    names = [a.arg for a in [*spec.posonlyargs, *spec.args]]
+    if frame.receiver is not None:
+        names = names[1:]
+    for keyword in call.keywords:
+        if keyword.arg == parameter:
+            return keyword.value
+    if parameter in names and names.index(parameter) < len(call.args):
+        before = call.args[: names.index(parameter) + 1]
+        others = [a for a in [*call.args, *(k.value for k in call.keywords)]]
+        if not any(isinstance(a, ast.Starred) for a in before) and all(is_pure(a) for a in others):
+            return before[-1]
+    return None
+
+
+# -- at the sum
+
+
+def _take_out_sum(removal: Removal, gone: Sequence[Position]) -> None:
+    node = gone[0].add.node
+    if isinstance(node, ast.BinOp):
+        kept = _kept([node.left, node.right], removal, gone)
+        removal.replace(node, "$0", (kept,))
+    elif isinstance(node, ast.AugAssign):
+        _require_stream_first(gone)
+        removal.drop(node)
+    elif isinstance(node, ast.Call):
+        _take_out_call(removal, node, gone)
+    else:
+        raise Cannot("positions are added in a form that is not known here", place(gone[0]))
+
+
+def _require_stream_first(gone: Sequence[Position]) -> None:
+    if any(p.add.args[0] is not p.stream for p in gone):
+        raise Cannot("positions are the target of an addition in place", place(gone[0]),
+                     "write the sum with the stream first")  # fmt: skip
+
+
+def _take_out_call(removal: Removal, node: ast.Call, gone: Sequence[Position]) -> None:
+    """`torch.add(x, pe)`, `x.add(pe)`, `x.add_(pe)`, `sum([tokens, pe])`"""
+    listed = node.args[0] if node.args else None
+    if isinstance(listed, ast.List | ast.Tuple) and isinstance(node.func, ast.Name):
+        for element in listed.elts:
+            values = [_value(removal, element, p.frame) for p in gone]
+            if all(v is p.term for v, p in zip(values, gone, strict=True)):
+                removal.drop(element)
+                return
+        raise Cannot("which summand are the positions cannot be told", place(gone[0]))
+    candidates = [*node.args, *(k.value for k in node.keywords)]
+    if isinstance(node.func, ast.Attribute):
+        candidates.insert(0, node.func.value)
+    kept = _kept(candidates, removal, gone)
+    statement = removal.parent(node)
+    if isinstance(statement, ast.Expr):
+        _require_stream_first(gone)
+        removal.drop(statement)
+    else:
+        removal.replace(node, "$0", (kept,))
+
+
+def _kept(candidates: Sequence[ast.expr], removal: Removal, gone: Sequence[Position]) -> ast.expr:
+    """The operand that is the stream, in every context."""
+    for candidate in candidates:
+        if all(_value(removal, candidate, p.frame, p.stream) is p.stream for p in gone):
+            return candidate
+    raise Cannot("which summand are the positions cannot be told", place(gone[0]))
+
+
+def _value(removal: Removal, node: ast.expr, frame: Frame, wanted: Value | None = None) -> Value | None:
+    found = [v for f, v in removal.graph.machine.at.get(node, ()) if f is frame]
+    if wanted is not None and any(v is wanted for v in found):
+        return wanted
+    return found[-1] if found else None
+
+
+# -- what must not be left behind
+
+
+def _check_learned(removal: Removal, group: Group) -> None:
+    """A table that was learned for the positions and is read elsewhere serves something else too."""
+    for position in group.removed:
+        for table in _tables(position.term):
+            for reader, frame in removal.graph.machine.reads.get(id(table), ()):
+                if isinstance(reader, ast.Attribute) and isinstance(reader.ctx, ast.Load) and not removal.is_gone(reader):
+                    raise Cannot(
+                        f"the positions are learned, and their table `{reader.attr}` is read for something else too",
+                        location(reader, frame), "give the other use a table of its own",
+                    )  # fmt: skip
+
+
+def _tables(term: Value) -> list[Value]:
+    """The modules and parameters that a term is looked up in."""
+    found: list[Value] = []
+    seen: set[int] = set()
+    todo: list[Value] = [term]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Node):
+            if value.op == "parameter":
+                found.append(value)
+            if value.op == "embedding" and value.module is not None:
+                found.append(value.module)
+            todo.extend(content_inputs(value))
+        elif isinstance(value, Many):
+            todo.extend(value.items)
+    return found
+
+
+__all__ = ["take_out"]
