@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from codemods._sdpa_pieces import Pieces
 from codemods._sdpa_trace import Decline, Trace
@@ -19,7 +19,10 @@ def fused_text(trace: Trace, pieces: Pieces, demand: Demand) -> str:
     source = trace.source
     changes: list[Change] = []
     gone: dict[ast.stmt, list[str]] = dict.fromkeys(trace.kept_weights, []) | dict(demand.dropped)
+    whole = {inner for statement in demand.dropped for inner in ast.walk(statement) if inner is not statement}
     for statement, lines in (pieces.instead | gone).items():
+        if statement in whole:
+            continue
         changes.append(_line_change(source, statement, lines))
     for statement, lines in pieces.before.items():
         start = _line_start(source, statement)
@@ -34,7 +37,17 @@ def fused_text(trace: Trace, pieces: Pieces, demand: Demand) -> str:
             start, end = _without_parentheses(source.text, start, end, isinstance(node, ast.BinOp))
         changes.append((start, end, _continued(source, node, code)))
     text = region_text(source, trace.region, changes)
-    return "".join(line for line in text.splitlines(keepends=True) if not line.lstrip().startswith("#"))
+    return _tidy(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+
+
+def _tidy(lines: Iterable[str]) -> str:
+    """Without blank lines at the start, at the head of a block, and two in a row."""
+    kept: list[str] = []
+    for line in lines:
+        if not line.strip() and (not kept or not kept[-1].strip() or kept[-1].rstrip().endswith(":")):
+            continue
+        kept.append(line)
+    return "\n".join(kept).rstrip() + "\n"
 
 
 def region_text(source: SourceFile, region: Sequence[ast.stmt], changes: Sequence[Change]) -> str:

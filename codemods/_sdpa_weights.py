@@ -99,8 +99,7 @@ class _Analysis:
         made = Demand()
         conditions: list[str] = []
         for statement, attribute in self.trace.stored:
-            conditions.append(self._flag(attribute, self.trace.source, self.contexts[0].frame))
-            del statement
+            conditions.append(self._store(statement, attribute, made))
         for read in reads:
             conditions += self._read(read, made)
         self._close()
@@ -151,6 +150,19 @@ class _Analysis:
                 self._only_if(made, statement, condition)
             return [condition]
         return self._derived(read, statement, inside, made)
+
+    def _store(self, statement: ast.Assign, attribute: ast.Attribute, made: Demand) -> str:
+        """`self.weights = weights` between the two products."""
+        source, function = self.trace.source, self.trace.function
+        assert isinstance(function, ast.FunctionDef)
+        guard = _guard(source, function, statement)
+        inside = self._region_statement(statement)
+        if guard is None:
+            return self._flag(attribute, source, self.contexts[0].frame)
+        if not isinstance(inside, ast.If) or inside.orelse or any(s not in self.trace.kept_weights for s in inside.body):
+            raise Decline(f"weights are stored at line {statement.lineno} between the two products")
+        made.dropped[inside] = []
+        return guard
 
     def _region_statement(self, statement: ast.stmt) -> ast.stmt | None:
         above = outward(self.trace.source.tree, statement)

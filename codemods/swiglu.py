@@ -1,0 +1,298 @@
+"""Plain feed-forwards become gated ones."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from codemods._swiglu_activation import ActivationEdits, ActivationSite, find_activation
+from codemods._swiglu_places import Place, Refused, Uses
+from codemods._swiglu_torch import TorchEdits, torch_layers
+from modernizer.edit import Edit, Replace
+from modernizer.graph.query import NORMS, location, users
+from modernizer.graph.values import Frame, Node
+from modernizer.imports import Imports
+from modernizer.model_map import ModelMap
+from modernizer.model_map.activation import RELU_FAMILY
+from modernizer.model_map.attention import TORCH_LAYERS
+from modernizer.model_map.feed_forward import CROSSINGS, FeedForward
+from modernizer.model_map.projection import Projection, torch_layer_of
+from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
+from modernizer.source import Location
+
+PACKAGE = "modernizer.components."
+HARMLESS_ATTRIBUTES = frozenset({"device", "dtype", "requires_grad", "is_cuda", "training"})
+OTHER_NAMES = RELU_FAMILY | {"silu", "tanh", "sigmoid", "mish", "softplus", "relu6"}
+RETRAIN = "the trained weights of these layers do not fit: train anew, or warm up from the others"
+
+
+class SwiGLURule(Rule):
+    """ReLU and GELU feed-forwards become SwiGLU: `silu(gate) * content`, at two thirds of the hidden width."""
+
+    name: ClassVar[str] = "swiglu"
+    summary: ClassVar[str] = "plain feed-forwards become gated (SwiGLU)"
+    effect: ClassVar[Effect] = Effect.PARAMETERS
+    options: ClassVar[Sequence[Option]] = (
+        Option("keep_hidden", "swiglu: keep the hidden width, at half as many parameters again."),
+    )
+
+    def plan(self, model: ModelMap, options: Mapping[str, bool]) -> Plan:
+        return _Planner(model, options.get("keep_hidden", False)).plan()
+
+    def review(self, before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> str:
+        return _review(before, after, upgrades)
+
+
+@dataclass(eq=False)
+class _Group:
+    """The feed-forwards that share code: they are upgraded together or not at all."""
+
+    members: list[FeedForward] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    refusal: Refused | None = None
+
+    @property
+    def location(self) -> Location:
+        return _location(self.members[0])
+
+
+def _location(made: FeedForward) -> Location:
+    """Where the first projection is made."""
+    module = made.first.module
+    if module.call is not None and module.frame is not None:
+        return location(module.call, module.frame)
+    assert made.first.value.node is not None
+    return location(made.first.value.node, made.first.frame)
+
+
+class _Planner:
+    def __init__(self, model: ModelMap, keep_hidden: bool) -> None:
+        self.found = model.feed_forwards
+        self.keep_hidden = keep_hidden
+        own = [f for f in self.found if torch_layer_of(f.first.module) is None]
+        self.counted = [f for f in own if f.counts]
+        self.legacy = [f for f in self.counted if f.is_legacy]
+        self.uses = Uses(self.found, self.legacy)
+        self.references: dict[object, Imports] = {}
+
+    def plan(self) -> Plan:
+        plan = Plan()
+        groups = self._groups()
+        for group in groups:
+            if group.refusal is not None:
+                plan.refusals.append(Refusal(group.location, group.refusal.reason, group.refusal.hint))
+            else:
+                plan.upgrades.append(self._upgrade(group))
+        plan.modern += self._modern()
+        plan.refusals += self._others()
+        self._plan_torch(plan)
+        return plan
+
+    # -- hand-written feed-forwards
+
+    def _groups(self) -> list[_Group]:
+        by_site: dict[tuple[object, object], _Group] = {}
+        sites: dict[int, ActivationSite] = {}
+        for made in self.legacy:
+            group = by_site.setdefault((made.first.module.call, made.second.module.call), _Group())
+            group.members.append(made)
+            try:
+                sites[id(made)] = find_activation(made)
+            except Refused as refused:
+                group.refusal = group.refusal or refused
+        activations = ActivationEdits(self.uses, list(sites.values()), self.reference)
+        for group in by_site.values():
+            for made in group.members:
+                try:
+                    self._check(made)
+                    if id(made) in sites:
+                        group.edits += [*self._widths(made), *activations.edits(sites[id(made)], made)]
+                except Refused as refused:
+                    group.refusal = group.refusal or refused
+        return _joined(list(by_site.values()))
+
+    def _check(self, made: FeedForward) -> None:
+        """Raises Refused where a feed-forward is more than projection, activation, dropout, projection."""
+        if any("wide" in p.kind for p in (made.first, made.second)):
+            raise Refused(
+                "this feed-forward is a convolution over several positions or groups of features",
+                "a gated one needs kernels of size 1",
+            )
+        if made.between:
+            kind = made.between[0].op.replace("_", " ")
+            raise Refused(f"between its projections lies more than an activation and dropout: {kind}")
+        if not made.activations <= OTHER_NAMES:
+            raise Refused("between its projections lies another function than an activation that is known")
+        inside = {id(n) for n in made.nodes} | {id(made.second.value)}
+        for node in (made.first.value, *made.nodes):
+            for user in users(node):
+                if id(user) not in inside and not self._is_harmless(user, made.second):
+                    raise Refused("what lies between its projections is used elsewhere too")
+        self.uses.check_weights(made)
+
+    @staticmethod
+    def _is_harmless(user: Node, second: Projection) -> bool:
+        if user.op == "attr":  # of a method only its call counts
+            return user.name in HARMLESS_ATTRIBUTES or not user.users
+        if second.kind == "own" and any(f.receiver is second.module for f in user.frame.outward()):
+            return True
+        return user.op == "rank"
+
+    def _widths(self, made: FeedForward) -> Iterator[Edit]:
+        out = self.uses.width(made.first.module, made.first.outputs, "first")
+        into = self.uses.width(made.second.module, made.second.inputs, "second")
+        yield from self._width(out, doubled=True)
+        if not self.keep_hidden:
+            yield from self._width(into, doubled=False)
+
+    def _width(self, place: Place, doubled: bool) -> list[Edit]:
+        node, twice = place.expression, "2 * " if doubled else ""
+        if self.keep_hidden:
+            return [Replace(place.path, node, f"{twice}$0", (node,))]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return [Replace(place.path, node, f"{twice}{-(-node.value * 2 // 24) * 8}")]
+        text, imports = self.reference("swiglu_hidden", node, place.frame)
+        return [Replace(place.path, node, f"{twice}{text}($0)", (node,)), *imports]
+
+    def reference(self, name: str, place: ast.AST, frame: Frame) -> tuple[str, Sequence[Edit]]:
+        """The text for a component at a place, and the import it needs."""
+        source = frame.scope.source
+        imports = self.references.setdefault(source.path, Imports(source))
+        within: ast.AST | None = place
+        while within is not None and not isinstance(within, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            within = source.parents.get(within)
+        text, added = imports.reference(PACKAGE + name, within)
+        return text, [added] if added is not None else []
+
+    def _upgrade(self, group: _Group) -> Upgrade:
+        names = " or ".join(sorted({n for made in group.members for n in made.activations}))
+        return Upgrade(
+            group.location, f"a plain feed-forward ({names}) becomes gated", _distinct(group.edits), self._notes()
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        if self.keep_hidden:
+            return ("the hidden width stays: half as many parameters again in these layers", RETRAIN)
+        return (
+            "2/3 of the hidden width, rounded up to a multiple of 8: the parameter count of common widths stays within 1%",
+            RETRAIN,
+        )
+
+    def _modern(self) -> Iterator[Modern]:
+        seen: set[object] = set()
+        for made in self.counted:
+            if made.gated and made.second.value.node is not None and made.second.value.node not in seen:
+                seen.add(made.second.value.node)
+                yield Modern(
+                    location(made.second.value.node, made.second.value.frame), "this feed-forward is gated already"
+                )
+
+    def _others(self) -> Iterator[Refusal]:
+        """Feed-forwards with an activation that somebody chose on purpose."""
+        seen: set[object] = set()
+        for made in self.counted:
+            names = made.activations - {"linear"}
+            key = made.first.module.call
+            if (
+                not made.gated
+                and not made.is_legacy
+                and names
+                and names <= {"silu", "mish", "tanh"}
+                and key not in seen
+            ):
+                seen.add(key)
+                where = _Group([made]).location
+                yield Refusal(
+                    where, f"its activation is {', '.join(sorted(names))}, not ReLU or GELU", "gate it by hand"
+                )
+
+    # -- torch's layers
+
+    def _plan_torch(self, plan: Plan) -> None:
+        edits = TorchEdits(self.uses, list(self.found), self.reference, self.keep_hidden)
+        for layers in torch_layers(self.uses):
+            where = location(layers.call, layers.frame)
+            if layers.is_gated:
+                plan.modern.append(Modern(where, f"this {layers.name} is gated already"))
+                continue
+            try:
+                made = edits.edits(layers)
+            except Refused as refused:
+                plan.refusals.append(Refusal(where, refused.reason, refused.hint))
+                continue
+            summary = f"the plain feed-forward of nn.{layers.name} becomes gated"
+            plan.upgrades.append(Upgrade(where, summary, _distinct(made), self._notes()))
+
+
+def _joined(groups: list[_Group]) -> list[_Group]:
+    """Groups whose edits meet are one: what several share is changed for all or for none."""
+    result: list[_Group] = []
+    for group in groups:
+        nodes = {id(e.node) for e in group.edits if isinstance(e, Replace)}
+        touching = [g for g in result if nodes & {id(e.node) for e in g.edits if isinstance(e, Replace)}]
+        for other in touching:
+            result.remove(other)
+            group.members = [*other.members, *group.members]
+            group.edits = [*other.edits, *group.edits]
+            group.refusal = other.refusal or group.refusal
+        result.append(group)
+    for group in result:
+        if group.refusal is None:
+            group.refusal = _contradiction(group)
+    return result
+
+
+def _contradiction(group: _Group) -> Refused | None:
+    wanted: dict[int, set[str]] = defaultdict(set)
+    for edit in group.edits:
+        if isinstance(edit, Replace):
+            wanted[id(edit.node)].add(edit.code)
+    if any(len(codes) > 1 for codes in wanted.values()):
+        return Refused("two feed-forwards want different things of the same code", "give each a class of its own")
+    return None
+
+
+def _distinct(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """Each edit once, whichever context asked for it."""
+    seen: dict[object, Edit] = {}
+    for edit in edits:
+        node = getattr(edit, "node", getattr(edit, "call", None))
+        seen.setdefault((type(edit), id(node) if node is not None else repr(edit), getattr(edit, "name", None)), edit)
+    return tuple(seen.values())
+
+
+# -- looking at the result
+
+
+STRUCTURE = CROSSINGS | NORMS | TORCH_LAYERS | {"softmax", "scaled_dot_product_attention", "mha", "dropout", "add"}
+
+
+def _review(before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> str:
+    """Every site that was rewritten must now be seen as gated, all else must be as it was."""
+    sites = {upgrade.location for upgrade in upgrades}
+    old, new = _Planner(before, False), _Planner(after, False)
+    done = sum(_location(made) in sites for made in old.legacy)
+    (plain, gated), left = _count(old.counted), _count(new.counted)
+    if left != (plain - done, gated + done):
+        return f"{done} of {plain} plain feed-forwards should have become gated, but {plain - left[0]} have"
+    layers = [list(torch_layers(planner.uses)) for planner in (old, new)]
+    done = sum(location(made.call, made.frame) in sites for made in layers[0] if not made.is_gated)
+    gated_layers = [sum(made.is_gated for made in found) for found in layers]
+    if len(layers[0]) != len(layers[1]) or gated_layers[1] != gated_layers[0] + done:
+        return f"{done} of torch's layers should have become gated, but {gated_layers[1] - gated_layers[0]} have"
+    if _structure(before) != _structure(after):
+        return "something outside of the feed-forwards has changed"
+    return ""
+
+
+def _count(found: Sequence[FeedForward]) -> tuple[int, int]:
+    return sum(f.is_legacy for f in found), sum(f.gated for f in found)
+
+
+def _structure(model: ModelMap) -> Counter[str]:
+    """How often each operation outside of feed-forwards is run."""
+    inside = {id(node) for made in model.feed_forwards for node in made.nodes if node.op != "dropout"}
+    return Counter(n.op for n in model.graph.machine.nodes if n.op in STRUCTURE and id(n) not in inside)
