@@ -72,10 +72,9 @@ class Machine:
         assert frame is not None
         made = Node(op, tuple(args), at, frame, kwargs or {}, module, name, order=len(self.nodes))
         self.nodes.append(made)
-        for value in made.inputs:
-            for leaf in flatten(value):
-                if isinstance(leaf, Node):
-                    leaf.users.append(made)
+        made.sources = tuple(leaf for value in made.inputs for leaf in flatten(value) if isinstance(leaf, Node))
+        for source in made.sources:
+            source.users.append(made)
         return made
 
     def merge(self, values: Sequence[Value], at: ast.AST | None, frame: Frame) -> Value:

@@ -31,6 +31,9 @@ LIKE = frozenset("zeros_like ones_like full_like empty_like rand_like randn_like
 
 def inputs(value: Value) -> Iterator[Node]:
     """The data a datum is made of directly, containers opened."""
+    if isinstance(value, Node):
+        yield from value.sources
+        return
     for part in value.inputs:
         for leaf in flatten(part):
             if isinstance(leaf, Node):
@@ -91,7 +94,7 @@ def ancestors(value: Value, stop: Callable[[Node], bool] | None = None) -> dict[
             continue
         found[id(node)] = node
         if stop is None or not stop(node):
-            todo.extend(inputs(node))
+            todo.extend(node.sources)
     return found
 
 
@@ -102,7 +105,10 @@ def data_ancestors(value: Value) -> dict[int, Node]:
 
 def depends_on(value: Value, origin: Value) -> bool:
     """Whether the content of `value` is made of `origin`."""
-    return id(origin) in data_ancestors(value)
+    if not isinstance(origin, Node):
+        return False
+    first = origin.order  # a datum is made of earlier ones only
+    return id(origin) in ancestors(value, lambda n: n.order <= first or n.op in SHAPES or n.op in LIKE)
 
 
 def users(node: Node) -> list[Node]:

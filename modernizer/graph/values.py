@@ -57,6 +57,7 @@ class Node(Value):
     module: Module | None = None
     name: str = ""  # of an input, config, parameter, attr, opaque callee
     order: int = 0
+    sources: tuple[Node, ...] = ()  # the data among the operands, containers opened
     users: list[Node] = field(default_factory=list)
     condition: ast.AST | None = None  # of a merge: the test that chooses
 
