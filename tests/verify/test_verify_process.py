@@ -48,9 +48,9 @@ def test_rewritten_file_is_verified(tmp_path: Path) -> None:
 def test_folder_with_several_files_is_verified(tmp_path: Path) -> None:
     original = program("translator")
     changed = original.copy(tmp_path)
-    source = changed.folder / "seq2seq" / "attention.py"
+    source = changed.folder / "seq2seq" / "mixing.py"
     text = source.read_text(encoding="utf-8")
-    source.write_text(text.replace("math.sqrt(d_k)", "d_k ** 0.5"), encoding="utf-8")
+    source.write_text(text.replace("self.per_head ** -0.5", "(1 / self.per_head) ** 0.5"), encoding="utf-8")
     report = verify(
         original.folder,
         changed.folder,
