@@ -319,3 +319,10 @@ def test_every_value_knows_its_syntax_and_frame(tmp_path: Path) -> None:
 def test_lists_join_and_unpack(tmp_path: Path) -> None:
     value = returned(graph_of(tmp_path, m=model("a, *b = [x, x + 1] + [x * 2]\nreturn b")))
     assert isinstance(value, Many) and [v.op for v in value.items if isinstance(v, Node)] == ["add", "mul"]
+
+
+def test_a_list_that_is_also_handed_in_may_hold_what_was_handed_in(tmp_path: Path) -> None:
+    text = model("if past is None:\n    past = [None] * 2\nfor p in past:\n    if p is not None:\n        x = x + p\nreturn x")
+    text = text.replace("def forward(self, x", "def forward(self, x, past=None", 1)
+    graph = graph_of(tmp_path, m=text)
+    assert "add" in ops(graph)
