@@ -26,7 +26,11 @@ def sum_edits(machine: Machine, contexts: Sequence[Residual]) -> list[Edit]:
     """The edits at one residual sum, which was evaluated in these contexts. Raises Impossible."""
     for r in contexts:
         _check(machine, r)
-    return [*_branch_edits(machine, contexts), *_sum_edits(contexts[0]), *drop_edits(contexts[0])]
+    places: dict[ast.AST | None, list[Residual]] = {}
+    for r in contexts:
+        places.setdefault(_norm_call_in(r, _branch_frame(r)), []).append(r)
+    branches = [edit for group in places.values() for edit in _branch_edits(machine, group)]
+    return [*branches, *_sum_edits(contexts[0]), *drop_edits(contexts[0])]
 
 
 def _check(machine: Machine, r: Residual) -> None:
@@ -122,8 +126,6 @@ class _Read:
 def _branch_edits(machine: Machine, contexts: Sequence[Residual]) -> list[Edit]:
     frames = [_branch_frame(r) for r in contexts]
     first, frame = contexts[0], frames[0]
-    if len({f.function.node for f in frames if f.function}) != 1:
-        raise _unclear(first)
     reads = _reads(machine, contexts, frames)
     template = _template(machine, first, frame)
     _check_names(first, frame, reads)
@@ -196,6 +198,17 @@ def _branch_frame(r: Residual) -> Frame:
                 break
             return frame
     raise _unclear(r)
+
+
+def _norm_call_in(r: Residual, frame: Frame) -> ast.AST | None:
+    """The call in the function of `frame` by which the norm is reached: it tells the sums of that function apart."""
+    assert r.norm is not None
+    call: ast.AST | None = r.norm.call
+    for active in r.norm.frame.outward():
+        if active is frame:
+            break
+        call = active.call
+    return call
 
 
 def _reads(machine: Machine, contexts: Sequence[Residual], frames: Sequence[Frame]) -> list[_Read]:

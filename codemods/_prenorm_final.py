@@ -44,10 +44,10 @@ class Exit:
     replaces: ast.Call | None = None
 
 
-def exit_of(graph: Graph, stack: Stack) -> Exit:
-    """Where the final norm of a stack is called. Raises Impossible."""
+def exit_of(graph: Graph, stack: Stack, others: Sequence[Stack]) -> Exit:
+    """Where the final norm of a stack is called; `others` are all that are upgraded with it. Raises Impossible."""
     if stack.kind == LOOP:
-        return _after_loop(graph, stack)
+        return _after_loop(graph, stack, [s for s in others if s.frame is stack.frame and s.node is stack.node])
     end = _only_end(stack)
     if stack.kind == SEQUENTIAL:
         assert isinstance(stack.node, ast.Call)
@@ -92,7 +92,7 @@ def _owner(stack: Stack, frame: Frame) -> tuple[Module, str]:
 # -- where it is called
 
 
-def _after_loop(graph: Graph, stack: Stack) -> Exit:
+def _after_loop(graph: Graph, stack: Stack, runs: Sequence[Stack]) -> Exit:
     loop, frame = stack.node, stack.frame
     assert isinstance(loop, ast.For | ast.While) and frame.function is not None
     tree = frame.scope.source.tree
@@ -102,7 +102,7 @@ def _after_loop(graph: Graph, stack: Stack) -> Exit:
         raise _lost(stack, "the stack is run through several times, one run after the other")
     if loop.orelse:
         raise _lost(stack)
-    carried = {key for end in stack.ends for key in stack.flow.carried(end)}
+    carried = {key for run in runs for end in run.ends for key in run.flow.carried(end)}
     names = _carriers(graph, loop, frame, carried)
     used = [n for n in names if _is_read_after(frame, loop, n)]
     if len(used) != 1:

@@ -19,8 +19,8 @@ SOURCES = frozenset("input attr getitem item iter unknown unbind".split())
 def rotate(code: Code, parts: Parts, contexts: Sequence[tuple[Attention, bool]]) -> list[Edit]:
     """The edits that rotate query and key at one score product wherever the flag says so. Raises Cannot."""
     start = product_anchor(code, [Context(a, a.frame, changes) for a, changes in contexts])
-    keeps_past = [_keeps_past(a) for a, changes in contexts if changes]
-    return _at(code, parts, start, any(keeps_past), 0)
+    past = [keeps_past(a) for a, changes in contexts if changes]
+    return _at(code, parts, start, any(past), 0)
 
 
 def _at(code: Code, parts: Parts, anchor: Anchor, past: bool, lifted: int) -> list[Edit]:
@@ -163,7 +163,7 @@ class _Writer:
 # -- keys of earlier calls
 
 
-def _keeps_past(context: Attention) -> bool:
+def keeps_past(context: Attention) -> bool:
     """Whether keys of earlier calls stand before the new ones: queries are then the last of the keys. Raises Cannot
     where keys come from elsewhere in a way that does not tell their positions."""
     found = False

@@ -182,7 +182,7 @@ class Survey:
                 found[node.node] = Refusal(
                     location(node.node, node.frame),
                     "numbers that the caller passes are embedded and added to several streams that share a sequence: they"
-                    " count steps, not tokens, and a rotation by token would not be the same",
+                    " count steps, not tokens, and distances between tokens are not the same",
                 )
         return list(found.values())
 
@@ -271,7 +271,7 @@ class Survey:
         for given in position.given:
             if not any(n.op == "merge" and given in n.args for n in users(given)) and not self._is_asked_for_none(given):
                 raise Cannot(
-                    f"the positions depend on the argument `{given.name}`, and the rotations would not",
+                    f"the positions depend on the argument `{given.name}`, and what replaces them would not",
                     place(position), "compute positions from the length alone",
                 )  # fmt: skip
         above = ancestors(position.stream)
@@ -279,8 +279,8 @@ class Survey:
             if _is_patchify(node):
                 raise Cannot(
                     "the stream is made of image patches or of a convolution over a plane: their places have two"
-                    " coordinates, and a rotation by one is wrong in kind",
-                    place(position), "use a 2-D rotary embedding",
+                    " coordinates, and distance in one order of them is wrong in kind",
+                    place(position), "use positions that are relative in two dimensions",
                 )  # fmt: skip
         if _has_unread_option(position.stream):
             raise Cannot(

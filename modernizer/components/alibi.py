@@ -116,6 +116,28 @@ class ALiBi(nn.Module):
         bias = -torch.tensor(slopes, device=device, dtype=wide).view(-1, 1, 1) * distance
         return bias.to(dtype or torch.get_default_dtype())
 
+    def attn_mask(
+        self, query: Tensor, key: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False
+    ) -> Tensor:
+        """The bias joined with a mask, for ``F.scaled_dot_product_attention``: ``[..., heads, query_time, key_time]``.
+
+        Args:
+            query, key: ``[..., heads, time, head_dim]``, or ``[..., time, head_dim]`` where this module serves one head.
+            attn_mask: boolean (True attends) or of floats (added).
+            is_causal: keys behind their query are blocked too, as SDPA does when it is told so.
+        """
+        heads = None if self.head is not None or query.dim() < 3 else query.shape[-3]
+        mask = self.bias(query.shape[-2], key.shape[-2], num_heads=heads, device=query.device, dtype=query.dtype)
+        if self.head is not None:
+            mask = mask[0]
+        if is_causal:
+            mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), float("-inf"))
+        if attn_mask is None:
+            return mask
+        if attn_mask.dtype == torch.bool:
+            return torch.where(attn_mask, mask, torch.full_like(mask, float("-inf")))
+        return mask + attn_mask.to(mask.dtype)
+
     def extra_repr(self) -> str:
         shown = {"num_heads": self.num_heads, "head": self.head, "folded": self.folded}
         return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)

@@ -92,6 +92,9 @@ def _special(value: Node, depth: int) -> int | None:
         return None if first is None or second is None or min(first, second) < 2 else max(first, second)
     if value.op == "baddbmm":
         return 3
+    if value.op in ("cat", "stack") and value.args and isinstance(value.args[0], Many):
+        parts = {rank(part, depth) for part in value.args[0].items} - {None}
+        return None if len(parts) != 1 else parts.pop() + (value.op == "stack")  # type: ignore[operator]
     if (
         value.op == "einsum"
         and value.args
