@@ -181,7 +181,7 @@ def _edits(model: ModelMap, group: _Group) -> tuple[list[Edit], list[str]]:
             assert r.sum.node is not None
             contexts.setdefault(r.sum.node, []).append(r)
     _check_coverage(model, group, contexts)
-    exits = [exit_of(model.graph, s) for s in group.stacks if not s.final_norms()]
+    exits = [exit_of(model.graph, s, group.stacks) for s in group.stacks if not s.final_norms()]
     by_torch = {layer.call: layer for layer in _torch_layers(group) if layer.call is not None}
     edits: list[Edit] = []
     for layer in by_torch.values():

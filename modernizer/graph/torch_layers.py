@@ -41,7 +41,8 @@ def add_parts(m: Machine, frame: Frame, made: Module, short: str) -> None:
             inner = Module(None, {}, made.call, frame, torch_name=f"torch.nn.Transformer{name.title()}")
             m.set_attribute(made, name, custom if isinstance(custom, Module) else inner)
     if short in ("TransformerEncoderLayer", "TransformerDecoderLayer"):
-        m.set_attribute(made, "norm_first", made.args.get("norm_first", Const(False)))
+        unsaid = m.node("unknown", (), made.call, frame, name="norm_first") if "**" in made.args else Const(False)
+        m.set_attribute(made, "norm_first", made.args.get("norm_first", unsaid))
         m.set_attribute(made, "activation", _activation(made))
 
 

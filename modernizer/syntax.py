@@ -1,0 +1,70 @@
+"""Where a syntax node stands: its parents, its statement, the loops and the function around it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import lru_cache
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+Loop = ast.For | ast.While
+
+
+@lru_cache(maxsize=256)
+def parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
+    """The parent of every node of a tree."""
+    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+def outward(tree: ast.Module, node: ast.AST) -> Iterator[ast.AST]:
+    """The node, its parent, its parent's parent … up to the module."""
+    above = parents(tree)
+    current: ast.AST | None = node
+    while current is not None:
+        yield current
+        current = above.get(current)
+
+
+def statement_of(tree: ast.Module, node: ast.AST) -> ast.stmt:
+    """The innermost statement a node is in."""
+    return next(n for n in outward(tree, node) if isinstance(n, ast.stmt))
+
+
+def loops_around(tree: ast.Module, node: ast.AST) -> Iterator[Loop]:
+    """The loops of the same function in whose body a node stands, innermost first."""
+    inner: ast.AST | None = None
+    for current in outward(tree, node):
+        if isinstance(current, Function):
+            return
+        if isinstance(current, Loop) and inner is not None and inner in current.body:
+            yield current
+        inner = current
+
+
+def block_of(tree: ast.Module, statement: ast.stmt) -> list[ast.stmt]:
+    """The list of statements that a statement is one of."""
+    above = parents(tree)[statement]
+    for name in ("body", "orelse", "finalbody"):
+        block = getattr(above, name, None)
+        if isinstance(block, list) and statement in block:
+            return block
+    return [statement]
+
+
+def function_of(tree: ast.Module, node: ast.AST) -> Function | None:
+    """The innermost function a node is in."""
+    return next((n for n in outward(tree, node) if n is not node and isinstance(n, Function)), None)
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Every name that is read, bound or a parameter somewhere below a node."""
+    found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return found | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+
+
+def free_name(wanted: str, taken: set[str]) -> str:
+    """`wanted`, or the first `wanted_2`, `wanted_3` … that nobody uses."""
+    name, number = wanted, 2
+    while name in taken:
+        name, number = f"{wanted}_{number}", number + 1
+    return name
