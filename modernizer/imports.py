@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from modernizer.edit import AddImport
 from modernizer.source import SourceFile
@@ -101,10 +102,7 @@ class Imports:
 
     def _local_names(self, within: Function | None) -> set[str]:
         """The names that mean something local in `within`, in a function in it, or in one around it."""
-        if within is None:
-            return set()
-        around = [node for node in ast.walk(self.source.tree) if isinstance(node, Function) and _holds(node, within)]
-        return {name for function in around for name in _names_in(function)}
+        return set(_names_around(self.source.tree).get(within, ())) if within is not None else set()
 
 
 def _prefixes(dotted: str) -> list[str]:
@@ -122,17 +120,30 @@ def _aliases(name: str) -> Iterator[str]:
         number += 1
 
 
-def _holds(outer: Function, inner: Function) -> bool:
-    return any(node is inner for node in ast.walk(outer))
+@functools.lru_cache(maxsize=64)  # many references are asked of one file
+def _names_around(tree: ast.Module) -> Mapping[Function, frozenset[str]]:
+    """For each function of a file the names bound in it, in the functions in it and in those around it."""
+    names: dict[Function, frozenset[str]] = {}
+
+    def visit(node: ast.AST, outer: frozenset[str]) -> None:
+        if isinstance(node, Function):
+            outer = outer | set(_names_in(node))
+            names[node] = outer
+        for child in ast.iter_child_nodes(node):
+            visit(child, outer)
+
+    visit(tree, frozenset())
+    return names
 
 
-def _module_names(tree: ast.Module) -> set[str]:
+@functools.lru_cache(maxsize=64)
+def _module_names(tree: ast.Module) -> frozenset[str]:
     """The names the module binds otherwise than by imports at its top level."""
     names = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     for statement in tree.body:
         if not isinstance(statement, ast.Import | ast.ImportFrom):
             names.update(_bound_by(statement))
-    return names
+    return frozenset(names)
 
 
 def _bound_by(node: ast.AST) -> Iterator[str]:
@@ -173,7 +184,8 @@ def _own_bindings(node: ast.AST) -> Iterator[str]:
             yield name
 
 
-def _global_reads(tree: ast.Module) -> set[str]:
+@functools.lru_cache(maxsize=64)
+def _global_reads(tree: ast.Module) -> frozenset[str]:
     """The names that are read and bound in no function: they may be builtins or come from a star import."""
     local = {
         name
@@ -181,4 +193,4 @@ def _global_reads(tree: ast.Module) -> set[str]:
         if isinstance(node, Function) and not isinstance(node, ast.Lambda)
         for name in _names_in(node)
     }
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - local
+    return frozenset({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - local)
