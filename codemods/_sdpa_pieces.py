@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 
 from codemods._sdpa_masks import (
     SMALLEST_FILL,
@@ -426,7 +427,7 @@ class Builder:
     def _binary_factors(self) -> list[Event]:
         """The factors of `w * b - 1e10 * (1 - b)`, which is a fill."""
         found: list[Event] = []
-        for one, other in zip(self.scores, self.scores[1:], strict=False):
+        for one, other in pairwise(self.scores):
             if one.kind == "scale" and other.kind == "bias" and self._fills(one, other) is not None:
                 found.append(one)
         return found
@@ -447,7 +448,7 @@ class Builder:
         """Each mask in order: the event, 'fill' or 'bias', and the number that a fill sets."""
         found: list[tuple[Event, str, float | None]] = []
         skip: Event | None = None
-        for event, following in zip(self.scores, [*self.scores[1:], None], strict=True):
+        for event, following in zip_longest(self.scores, self.scores[1:]):
             if event is skip:
                 continue
             if event in self._binary_factors() and following is not None:

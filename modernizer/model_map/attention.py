@@ -16,9 +16,11 @@ from typing import NamedTuple
 from modernizer.graph import Graph
 from modernizer.graph.query import (
     IDENTITY,
+    LIKE,
     NORMS,
     SHAPES,
     VIEWS,
+    ancestors,
     data_ancestors,
     inputs,
     is_const,
@@ -41,7 +43,9 @@ _SCORE_STEPS = frozenset(
     "add sub mul div masked_fill where setitem neg clamp tanh nan_to_num masked_scatter tril triu alibi".split()
 )
 # What may lie between the softmax and the product with the value.
-_WEIGHT_STEPS = IDENTITY | frozenset("masked_fill mul div where nan_to_num setitem add tril triu clamp".split())
+_WEIGHT_STEPS = IDENTITY | frozenset(
+    "masked_fill mul div where nan_to_num setitem add sub tril triu clamp conv2d batch_norm instance_norm relu pow".split()
+)
 _WEIGHT_VIEWS = VIEWS - IDENTITY
 
 
@@ -307,7 +311,8 @@ CONTENT = frozenset("input embedding linear conv1d conv2d layer_norm opaque unkn
 
 
 def _has_content(value: Value) -> bool:
-    return any(node.op in CONTENT and not _is_learned_table(node) for node in data_ancestors(value).values())
+    found = ancestors(value, lambda node: node.op in SHAPES or node.op in LIKE or node.op == "parameter")
+    return any(node.op in CONTENT and not _is_learned_table(node) for node in found.values())
 
 
 def _is_learned_table(node: Node) -> bool:
