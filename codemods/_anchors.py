@@ -184,6 +184,9 @@ def _unwrap_once(code: Code, part: Part, contexts: Sequence[Context]) -> Part | 
         return Part(receiver, part.time, part.feature)
     if name in ("transpose", "swapaxes") and len(arguments) == 2:
         return _transposed(code, part, receiver, arguments, contexts)
+    if name == "permute" and [_int(code.value(a, contexts[0].frame)) for a in arguments] in ([0, 1, 3, 2], [0, 2, 1]):
+        if {part.time, part.feature} == {-1, -2}:
+            return Part(receiver, part.feature, part.time)
     return None
 
 

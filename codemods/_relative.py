@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from codemods._anchors import Code
 from codemods._parts import Parts
 from codemods._survey import TORCH_LAYERS, Cannot, Group, Survey, given_names, place, torch_modules
 from codemods._takeout import take_out
 from modernizer.edit import AddArgument, Edit
-from modernizer.graph.query import is_torch
-from modernizer.graph.values import Const, External, Module
+from modernizer.graph.query import class_of, is_torch
+from modernizer.graph.values import Const, External, Frame, Module
 from modernizer.imports import Imports
-from modernizer.model_map import ModelMap
+from modernizer.model_map import ModelMap, read_model
 from modernizer.model_map.attention import Attention
-from modernizer.removal import Removal
+from modernizer.project import Project
+from modernizer.removal import Removal, files_around
 from modernizer.rule import Modern, Plan, Refusal, Upgrade
 
 Change = Callable[[Code, Parts, Sequence[tuple[Attention, bool]]], list[Edit]]
@@ -35,16 +38,49 @@ class Kind:
 
 def plan(model: ModelMap, kind: Kind) -> Plan:
     """One upgrade, refusal or modern site for each group of positions and the attentions they reach."""
-    survey, made = Survey(model), Plan()
+    survey, made = survey_with_users(model), Plan()
     for group in survey.groups():
-        _plan_group(survey, group, kind, made)
+        _plan_group(survey, group, kind, made, frozenset(model.project.named))
     _note_rotated(survey, made)
     for refusal in survey.shared_steps():
         made.refusals.append(refusal)
     return made
 
 
-def _plan_group(survey: Survey, group: Group, kind: Kind, made: Plan) -> None:
+def survey_with_users(model: ModelMap) -> Survey:
+    """The survey of a program; where it holds parts that only files beside it put together, of these too."""
+    survey = Survey(model)
+    loose = [p for site in survey.positions for p in site.contexts if survey.is_loose(p)]
+    if not loose or not survey.attentions:
+        return survey
+    users = sorted({path for p in loose for path in importers(model.project, p.frame.path, p.frame)})
+    return survey_with(model, users) if users else survey
+
+
+def survey_with(model: ModelMap, users: Sequence[Path]) -> Survey:
+    """The survey of a program and of further files."""
+    wider = model.project.with_texts({})
+    wider.named = (*model.project.named, *users)
+    for path in users:
+        wider.source(path)
+    return Survey(read_model(wider))
+
+
+def importers(project: Project, path: Path, frame: Frame) -> list[Path]:
+    """The files beside the named ones that name a class and the file it is in."""
+    owner = class_of(frame)
+    if owner is None:
+        return []
+    word, module = re.compile(rf"\b{owner.name}\b"), re.compile(rf"\b{path.stem}\b")
+    found = []
+    for other in files_around(project):
+        text = other.read_text(encoding="utf-8", errors="replace")
+        if other not in project.named and word.search(text) and module.search(text):
+            found.append(other)
+    return found
+
+
+def _plan_group(survey: Survey, group: Group, kind: Kind, made: Plan, named: frozenset[Path]) -> None:
     modern = [c for c in group.changed if survey.is_rotated(c)]
     if modern and len(modern) == len(group.changed):
         made.modern.append(Modern(group.location, "the attentions that these positions reach have relative ones already"))
@@ -53,13 +89,13 @@ def _plan_group(survey: Survey, group: Group, kind: Kind, made: Plan) -> None:
         if modern:
             raise Cannot("some of the attentions that these positions reach have relative ones already", place(modern[0]))
         survey.check(group)
-        made.upgrades.append(_upgrade(survey, group, kind))
+        made.upgrades.append(_upgrade(survey, group, kind, named))
     except Cannot as cannot:
         made.refusals.append(Refusal(cannot.at or group.location, cannot.reason, cannot.hint))
 
 
-def _upgrade(survey: Survey, group: Group, kind: Kind) -> Upgrade:
-    removal = Removal(survey.model.graph)
+def _upgrade(survey: Survey, group: Group, kind: Kind, named: frozenset[Path]) -> Upgrade:
+    removal = Removal(survey.model.graph, named)
     code = Code(survey.model.graph, removal)
     parts = Parts(code, f"modernizer.components.{kind.component}", kind.attribute, kind.attribute)
     edits: list[Edit] = []
@@ -189,7 +225,9 @@ def _drop_in(survey: Survey, removal: Removal, call: ast.Call, module: Module, k
 def review(before: ModelMap, after: ModelMap, kind: Kind, upgrades: Sequence[object]) -> str:
     """Why the result is not what was promised: absolute positions reach an attention that was upgraded, or one of the
     attentions that the positions reached has no relative ones."""
-    old, new = Survey(before), Survey(after)
+    old = survey_with_users(before)
+    users = [path for path in old.model.project.named if path not in before.project.named]
+    new = survey_with(after, users) if users else Survey(after)
     wanted = sum(_is_wanted(old, c) for c in old.contexts)
     had = sum(old.is_relative(c) for c in old.contexts)
     have = sum(new.is_relative(c) for c in new.contexts)

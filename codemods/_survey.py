@@ -113,6 +113,12 @@ class Survey:
         query, key = self._enters(reach, context.query), self._enters(reach, context.key)
         return (query or key) if context.kind == "self" else (query and key)
 
+    def is_loose(self, position: Position) -> bool:
+        """Whether positions are added by a class that nothing here constructs, and reach no attention."""
+        module = position.frame.receiver
+        is_root = isinstance(module, Module) and module.owner is None and module in self.model.graph.roots
+        return is_root and not any(self.reaches(position, c) for c in self.contexts)
+
     # -- groups
 
     def groups(self) -> list[Group]:
@@ -297,6 +303,7 @@ class Survey:
         known = {id(n) for c in self.contexts for n in (c.scores, c.output, *c.other_products, *c.other_outputs)}
         changed = [c for c in group.changed if c.form != "torch_layer"]
         strange: dict[int, list[Node]] = defaultdict(list)
+        leading = {id(n) for c in changed for n in ancestors(c.query).values()}
         for node in reach.values():
             if node.op == "opaque" and (name := _foreign(node)):
                 raise Cannot(
@@ -305,13 +312,14 @@ class Survey:
                 )  # fmt: skip
             if node.op in PRODUCTS and id(node) not in known and sum(id(a) in reach for a in inputs(node)) >= 2:
                 strange[id(node.frame)].append(node)
-            self._check_other_use(node, reach, changed)
+            if id(node) in leading:
+                self._check_other_use(node, reach)
         for nodes in strange.values():
             if len(nodes) >= 2:
                 raise Cannot("positions also flow into products of two parts of the stream that are no attention known"
                              " here", place(nodes[0]))  # fmt: skip
 
-    def _check_other_use(self, node: Node, reach: dict[int, Node], changed: Sequence[Attention]) -> None:
+    def _check_other_use(self, node: Node, reach: dict[int, Node]) -> None:
         """Positions that enter the stream in another way than by being added stay in it."""
         if node.op != "cat" or len(node.args) < 2 or not isinstance(node.args[1], Const) or node.args[1].value != -1:
             return

@@ -54,7 +54,7 @@ def _adding_call(removal: Removal, position: Position, stays: Sequence[Position]
             break
         if not _calls_function(removal, call, frame) or any(call is f.call for p in stays for f in p.frame.outward()):
             break
-        if frame.caller.path not in removal.project.named or _argument_of(call, frame, parameter) is None:
+        if frame.caller.path not in removal.named or _argument_of(call, frame, parameter) is None:
             break
         found = (call, frame.caller, parameter)
         frame = frame.caller

@@ -7,8 +7,9 @@ when nothing that stays reads them. What cannot be told apart from something tha
 from __future__ import annotations
 
 import ast
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from modernizer.edit import Delete, Edit, Replace
 from modernizer.graph import Graph
 from modernizer.graph.values import Class, Const, Module, Node, Object
-from modernizer.project import python_files
+from modernizer.project import Project, python_files
 from modernizer.source import Location
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -48,9 +49,10 @@ Entity = Local | Attribute
 class Removal:
     """A set of expressions and statements that go, growing until nothing is left that only served them."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, named: Collection[Path] | None = None) -> None:
         self.graph = graph
         self.project = graph.project
+        self.named = graph.project.named if named is None else named  # what may be edited
         self.dropped: dict[ast.AST, None] = {}
         self.replaced: dict[ast.AST, tuple[str, tuple[ast.expr, ...]]] = {}
         self.mentions: list[Location] = []  # where a string still names something that is gone
@@ -465,7 +467,7 @@ class Removal:
 
     def _drop_global(self, path: Path, name: str) -> None:
         tree = self._trees.get(path)
-        if tree is None or path not in self.project.named:
+        if tree is None or path not in self.named:
             return
         for statement in tree.body:
             if isinstance(statement, ast.ClassDef | ast.FunctionDef) and statement.name == name:
@@ -512,20 +514,10 @@ class Removal:
 
     @cached_property
     def _unread_texts(self) -> list[str]:
-        folders = [path.parent for path in self.project.named]
-        root = min(folders, key=lambda folder: len(folder.parts), default=None)
-        while root is not None and (root / "__init__.py").is_file():
-            root = root.parent
-        texts: list[str] = []
-        for path in python_files(root) if root is not None else ():
-            if path not in self._trees:
-                try:
-                    texts.append(path.read_text(encoding="utf-8", errors="replace"))
-                except OSError:
-                    continue
-            if len(texts) > MAX_SCANNED:
-                break
-        return texts
+        return [
+            path.read_text(encoding="utf-8", errors="replace")
+            for path in files_around(self.project) if path not in self._trees
+        ]  # fmt: skip
 
     def _methods_read_by_gone(self) -> set[str]:
         return {
@@ -543,7 +535,7 @@ class Removal:
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef) and node.name == name and isinstance(self.parent(node), ast.ClassDef):
                     definitions.append(node)
-                    if path not in self.project.named:
+                    if path not in self.named:
                         return
                 elif isinstance(node, ast.Attribute) and node.attr == name and not self.is_gone(node):
                     if not any(self._inside(node, d) for d in definitions):
@@ -552,6 +544,14 @@ class Removal:
                     return
         if len(definitions) == 1 and definitions[0] not in self.dropped and not name.startswith("__"):
             self.drop(definitions[0])
+
+
+def files_around(project: Project) -> list[Path]:
+    """The Python files of the package, or else the folder, that the named files are in."""
+    root = min((path.parent for path in project.named), key=lambda folder: len(folder.parts), default=None)
+    while root is not None and (root / "__init__.py").is_file():
+        root = root.parent
+    return list(itertools.islice(python_files(root), MAX_SCANNED)) if root is not None else []
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:

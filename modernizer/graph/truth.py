@@ -90,7 +90,20 @@ def _identical(left: Value, right: Value) -> bool | None:
         return True
     if isinstance(left, Class) and isinstance(right, Class):
         return left.node is right.node
+    if isinstance(left, Node) and isinstance(right, Node) and _is_fresh(left, right) and _is_fresh(right, left):
+        return False
     return None
+
+
+# Operations that may hand back the very tensor they were given.
+_SAME_TENSOR = frozenset("dropout contiguous to type float half double bfloat16 cuda cpu type_as merge alias requires_grad".split())
+
+
+def _is_fresh(value: Node, other: Node) -> bool:
+    """Whether a datum was computed, or handed in while the other was computed: it cannot be the other one."""
+    if value is other or value.op in _SAME_TENSOR:
+        return False
+    return value.op not in OPEN or (value.op == "input" and other.op not in OPEN)
 
 
 def _fold(op: ast.cmpop, left: object, right: object) -> bool | None:

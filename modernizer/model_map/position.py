@@ -53,6 +53,8 @@ class Contents:
 
     def __init__(self, graph: Graph) -> None:
         self.optional = _optional_parameters(graph)
+        # What a factory is given builds the model; what a model's methods are given is content.
+        self.handed = {id(v) for run in graph.runs if run.frame for v in run.frame.arguments.values()}
         self._known: dict[int, frozenset[Node] | None] = {}
         self._kinds: dict[int, str] = {}
 
@@ -90,6 +92,8 @@ class Contents:
     def _own(self, value: Value, parts: list[Node]) -> frozenset[Node] | None:
         if isinstance(value, Node):
             if value.op == "input":
+                if id(value) not in self.handed:
+                    return frozenset()
                 return frozenset({value}) if value.node in self.optional else None
             if value.op in NOISE and not _fills_parameter(value):
                 return None

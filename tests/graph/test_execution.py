@@ -326,3 +326,12 @@ def test_a_list_that_is_also_handed_in_may_hold_what_was_handed_in(tmp_path: Pat
     text = text.replace("def forward(self, x", "def forward(self, x, past=None", 1)
     graph = graph_of(tmp_path, m=text)
     assert "add" in ops(graph)
+
+
+@pytest.mark.parametrize(
+    ("call", "runs"),
+    [("self.f(x, x)", ["relu"]), ("self.f(x * 2, x)", ["tanh"]), ("self.f(x.contiguous(), x)", ["relu", "tanh"])],
+)
+def test_whether_two_tensors_are_one(tmp_path: Path, call: str, runs: list[str]) -> None:
+    text = model(f"return {call}") + "\n    def f(self, a, b):\n        return a.relu() if a is b else a.tanh()\n"
+    assert ops(graph_of(tmp_path, m=text), "relu", "tanh") == runs
