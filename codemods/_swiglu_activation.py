@@ -6,6 +6,7 @@ import ast
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from codemods._swiglu_branches import is_unconditional, stores, unreached_reads
 from codemods._swiglu_places import Refused, Uses
 from modernizer.edit import Edit, Replace
 from modernizer.graph.query import IDENTITY, alternatives, base, origin
@@ -89,10 +90,25 @@ class ActivationEdits:
         assert isinstance(site.call, ast.Call)
         if not self._is_explicit(site):
             return self._constructors(site, axis) or self._element(site, axis)
+        if not self._is_assigned_once(site):
+            return self._called(site, made, axis)
         found: list[Edit] = []
         if len({origin(m).call for m in site.modules}) == 1:
             found = self._constructors(site, axis)
         return found or self._assigned(site, axis) or self._called(site, made, axis)
+
+    def _is_assigned_once(self, site: ActivationSite) -> bool:
+        """Whether the attribute that is called gets its value in one statement, and all its uses are known."""
+        assert isinstance(site.call, ast.Call)
+        func = site.call.func
+        if not isinstance(func, ast.Attribute):
+            return True
+        owners = [v for v in self.uses.values(func.value, site.frame) if isinstance(v, Module) and v.cls is not None]
+        return all(
+            stores(v.cls, func.attr) <= 1 and not unreached_reads(self.uses, v.cls, func.attr)
+            for v in owners
+            if v.cls is not None
+        )
 
     def _is_explicit(self, site: ActivationSite) -> bool:
         """Whether the call names the activation, rather than a container that it is in."""
@@ -122,6 +138,8 @@ class ActivationEdits:
         frame = module.frame
         if frame is None or frame.function is None or module.call is None:
             return False  # a module-level instance or table belongs to everybody
+        if not is_unconditional(module.call, frame.scope.source.parents):
+            return False
         if frame.function.name != "__init__" and not self._makes_projections(frame):
             return False
         values = self.uses.values(module.call, frame)
@@ -148,7 +166,7 @@ class ActivationEdits:
         for container in self._containers(site):
             if isinstance(container.call, ast.Call) and container.frame is not None:
                 for part in ast.walk(container.call):
-                    if isinstance(part, ast.expr) and any(
+                    if part is not container.call and isinstance(part, ast.expr) and any(
                         option is m
                         for v in self.uses.values(part, container.frame)
                         for option in alternatives(v)

@@ -6,9 +6,11 @@ import ast
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from codemods._swiglu_activation import ActivationEdits, ActivationSite, find_activation
+from codemods._swiglu_branches import check_branches, check_reached
 from codemods._swiglu_places import Place, Refused, Uses
 from codemods._swiglu_torch import TorchEdits, torch_layers
 from modernizer.edit import Edit, Replace
@@ -20,6 +22,7 @@ from modernizer.model_map.activation import RELU_FAMILY
 from modernizer.model_map.attention import TORCH_LAYERS
 from modernizer.model_map.feed_forward import CROSSINGS, FeedForward
 from modernizer.model_map.projection import Projection, torch_layer_of
+from modernizer.project import Project
 from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location
 
@@ -70,6 +73,7 @@ def _location(made: FeedForward) -> Location:
 
 class _Planner:
     def __init__(self, model: ModelMap, keep_hidden: bool) -> None:
+        self.project = model.project
         self.found = model.feed_forwards
         self.keep_hidden = keep_hidden
         own = [f for f in self.found if torch_layer_of(f.first.module) is None]
@@ -105,14 +109,14 @@ class _Planner:
                 group.refusal = group.refusal or refused
         activations = ActivationEdits(self.uses, list(sites.values()), self.reference)
         for group in by_site.values():
-            for made in group.members:
+            for made in group.members if group.refusal is None else ():
                 try:
                     self._check(made)
                     if id(made) in sites:
                         group.edits += [*self._widths(made), *activations.edits(sites[id(made)], made)]
                 except Refused as refused:
                     group.refusal = group.refusal or refused
-        return _joined(list(by_site.values()))
+        return _joined(list(by_site.values()), self.project)
 
     def _check(self, made: FeedForward) -> None:
         """Raises Refused where a feed-forward is more than projection, activation, dropout, projection."""
@@ -132,6 +136,7 @@ class _Planner:
                 if id(user) not in inside and not self._is_harmless(user, made.second):
                     raise Refused("what lies between its projections is used elsewhere too")
         self.uses.check_weights(made)
+        check_reached(self.uses, [made.first.module, made.second.module])
 
     @staticmethod
     def _is_harmless(user: Node, second: Projection) -> bool:
@@ -177,7 +182,7 @@ class _Planner:
         if self.keep_hidden:
             return ("the hidden width stays: half as many parameters again in these layers", RETRAIN)
         return (
-            "2/3 of the hidden width, rounded up to a multiple of 8: the parameter count of common widths stays within 1%",
+            "2/3 of the hidden width, rounded up to a multiple of 8: the parameter count usually stays within 1%",
             RETRAIN,
         )
 
@@ -227,7 +232,7 @@ class _Planner:
             plan.upgrades.append(Upgrade(where, summary, _distinct(made), self._notes()))
 
 
-def _joined(groups: list[_Group]) -> list[_Group]:
+def _joined(groups: list[_Group], project: Project) -> list[_Group]:
     """Groups whose edits meet are one: what several share is changed for all or for none."""
     result: list[_Group] = []
     for group in groups:
@@ -241,8 +246,23 @@ def _joined(groups: list[_Group]) -> list[_Group]:
         result.append(group)
     for group in result:
         if group.refusal is None:
-            group.refusal = _contradiction(group)
+            group.refusal = _contradiction(group) or _half_done(group, project)
     return result
+
+
+def _half_done(group: _Group, project: Project) -> Refused | None:
+    """Why the edits do not hold in every branch of the code, None where they do."""
+    calls = [(p.frame.path, p.call) for made in group.members for p in (made.first, made.second)]
+    for path in {edit.path for edit in group.edits}:
+        changed = [edit.node for edit in group.edits if isinstance(edit, Replace) and edit.path == path]
+        source = project.source(path)
+        assert source is not None  # it holds the nodes
+        fixed = [call for where, call in calls if where == path and call is not None]
+        try:
+            check_branches(changed, fixed, source.parents)
+        except Refused as refused:
+            return refused
+    return None
 
 
 def _contradiction(group: _Group) -> Refused | None:
@@ -283,7 +303,8 @@ def _review(before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> s
     gated_layers = [sum(made.is_gated for made in found) for found in layers]
     if len(layers[0]) != len(layers[1]) or gated_layers[1] != gated_layers[0] + done:
         return f"{done} of torch's layers should have become gated, but {gated_layers[1] - gated_layers[0]} have"
-    if _structure(before) != _structure(after):
+    was, now = _structure(before), _structure(after)
+    if any(now.get(entry) != counts for entry, counts in was.items()):  # a class that lost its last use is new there
         return "something outside of the feed-forwards has changed"
     return ""
 
@@ -292,7 +313,13 @@ def _count(found: Sequence[FeedForward]) -> tuple[int, int]:
     return sum(f.is_legacy for f in found), sum(f.gated for f in found)
 
 
-def _structure(model: ModelMap) -> Counter[str]:
-    """How often each operation outside of feed-forwards is run."""
+def _structure(model: ModelMap) -> dict[tuple[Path, str, str], Counter[str]]:
+    """How often each operation outside of feed-forwards is run by each entry point."""
     inside = {id(node) for made in model.feed_forwards for node in made.nodes if node.op != "dropout"}
-    return Counter(n.op for n in model.graph.machine.nodes if n.op in STRUCTURE and id(n) not in inside)
+    found: dict[tuple[Path, str, str], Counter[str]] = {}
+    for run in model.graph.runs:
+        if run.module.cls is not None:
+            nodes = model.graph.machine.nodes[run.first : run.last]
+            key = run.module.cls.path, run.module.cls.name, run.entry
+            found[key] = Counter(n.op for n in nodes if n.op in STRUCTURE and id(n) not in inside)
+    return found

@@ -1,0 +1,264 @@
+"""Feed-forwards: projection, activation, projection on a residual stream that attention reads or writes as well.
+
+Found on the value graph, backwards from each projection: what lies between it and the projection before it is computed
+with numbers, and so known for what it is however it is written. Stems, heads, query projections and the blocks of
+convolutional networks are made of the same operations; the stream tells them apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from modernizer.graph import Graph
+from modernizer.graph.query import (
+    IDENTITY,
+    LIKE,
+    NORMS,
+    SHAPES,
+    VIEWS,
+    alternatives,
+    base,
+    data_ancestors,
+    inputs,
+    is_none,
+    users,
+)
+from modernizer.graph.values import Const, External, Node, Value
+from modernizer.model_map.activation import ELEMENTWISE, RELU_FAMILY, is_gate, name_of
+from modernizer.model_map.attention import PROJECTIONS, AttentionSite
+from modernizer.model_map.projection import Projection, Projections
+
+# Operations at which a stream ends: what comes out is another tensor, not the same one with something added.
+CROSSINGS = PROJECTIONS | {"embedding", "conv3d", "conv_transpose1d", "lstm", "gru"}
+PICKS = frozenset({"item", "getitem", "chunk", "split", "narrow", "iter", "unbind", "tensor_split"})
+LARGEST = 120  # nodes between two projections; gelu's formula has ten
+FARTHEST = 4000  # nodes looked at in search of attention
+
+
+@dataclass(eq=False)
+class FeedForward:
+    """One evaluated feed-forward.
+
+    `activations` are the names of what may lie between its projections (several where the code chooses), `gated`
+    whether it is the product of an activated and a plain half already. `nodes` lie between the two projections,
+    `between` are those of them that are neither activation nor dropout: norms, or views that move features.
+    """
+
+    first: Projection
+    second: Projection
+    activations: frozenset[str]
+    gated: bool
+    nodes: Sequence[Node]
+    between: Sequence[Node]
+    residual: bool = False
+    attended: bool = False
+
+    @property
+    def activated(self) -> Value:
+        """What enters the second projection."""
+        return self.second.source
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a feed-forward of a transformer."""
+        return self.residual and self.attended
+
+    @property
+    def is_legacy(self) -> bool:
+        return not self.gated and bool(self.activations) and self.activations & RELU_FAMILY != frozenset()
+
+
+@dataclass(eq=False)
+class FeedForwards:
+    """All computations of the form projection, activation, projection, whether they count or not."""
+
+    found: list[FeedForward]
+    projections: Projections
+    graph: Graph = field(repr=False)
+
+    def __iter__(self) -> Iterator[FeedForward]:
+        yield from self.found
+
+
+def find_feed_forwards(graph: Graph, attentions: Iterable[AttentionSite]) -> FeedForwards:
+    """Every feed-forward of a program, in the order of execution."""
+    projections = Projections(graph)
+    found = [made for second in projections if (made := _before(second, projections)) is not None]
+    found.sort(key=lambda f: f.second.value.order)
+    cores: dict[int, Node] = {}
+    for context in (c for site in attentions for c in site.contexts):
+        for node in (context.scores, context.weights, context.output):
+            if node is not None:
+                cores[id(node)] = node
+    for made in found:
+        made.residual = _is_residual(made)
+        made.attended = made.residual and _is_attended(made, cores)
+    return FeedForwards(found, projections, graph)
+
+
+# -- projection, activation, projection
+
+
+class _NoFeedForward(Exception):
+    pass
+
+
+class _Region:
+    """What lies between a projection and the ones before it."""
+
+    def __init__(self, end: Value, projections: Projections) -> None:
+        self.projections = projections
+        self.leaves: dict[int, Node] = {}
+        self.sources: dict[int, Projection] = {}
+        self.nodes: dict[int, Node] = {}
+        self.between: list[Node] = []
+        self.swiglu = False
+        self._walk(end)
+
+    def _walk(self, value: Value) -> None:
+        if isinstance(value, Const | External) or id(value) in self.nodes:
+            return
+        if not isinstance(value, Node):
+            raise _NoFeedForward
+        source = self.projections.at(value) or self._half(value)
+        if source is not None:
+            self.leaves[id(value)] = value
+            self.sources[id(source)] = source
+            return
+        self.nodes[id(value)] = value
+        if len(self.nodes) > LARGEST:
+            raise _NoFeedForward
+        parts: Sequence[Value] = value.args
+        if value.op in ("swiglu", "glu", "geglu"):
+            self.swiglu, parts = True, value.args[:1]
+        elif value.op in NORMS or value.op in VIEWS - IDENTITY:
+            self.between.append(value)
+            parts = value.args[:1]
+        elif value.op in IDENTITY or value.op in ("gelu", "relu", "leaky_relu"):
+            parts = value.args[:1]
+        elif value.op not in ELEMENTWISE or (value.op != "merge" and not value.args):
+            raise _NoFeedForward
+        for part in parts:
+            if not is_none(part):
+                self._walk(part)
+
+    def _half(self, value: Node) -> Projection | None:
+        """The projection of whose result this is a part: gate and content may come out of one."""
+        inner: Value = value
+        picked = False
+        while isinstance(inner, Node) and inner.op in PICKS and inner.args:
+            inner, picked = inner.args[0], True
+        return self.projections.at(inner) if picked else None
+
+
+def _before(second: Projection, projections: Projections) -> FeedForward | None:
+    """The feed-forward that a projection ends, None where it ends none."""
+    try:
+        region = _Region(second.source, projections)
+    except _NoFeedForward:
+        return None
+    if not region.nodes or not region.sources:
+        return None
+    gated = region.swiglu or (len(region.leaves) == 2 and _gates(region, second.source))
+    if len(region.sources) > 1 and not gated:
+        return None
+    first = min(region.sources.values(), key=lambda p: p.value.order)
+    between = list(region.between)
+    if gated:
+        return FeedForward(first, second, frozenset(), True, list(region.nodes.values()), between)
+    (leaf,) = region.leaves.values() if len(region.leaves) == 1 else (None,)
+    if leaf is None or leaf is not first.value:
+        return None
+    if between:
+        names = frozenset(_ops_named(region.nodes.values()))
+    else:
+        names = frozenset(name_of(second.source, leaf, choice) for choice in _choices(region))
+    if names <= {"linear"}:
+        return None
+    return FeedForward(first, second, names, False, list(region.nodes.values()), between)
+
+
+def _ops_named(nodes: Iterable[Node]) -> Iterator[str]:
+    """Where a norm or view is in the way nothing can be computed; the operations' own names must do."""
+    for node in nodes:
+        if node.op in RELU_FAMILY:
+            yield node.op
+
+
+def _choices(region: _Region) -> Iterator[dict[int, int]]:
+    """Every way in which the merges of a region may go."""
+    merges = [n for n in region.nodes.values() if n.op == "merge"]
+    ways = [[i for i, option in enumerate(n.args) if not is_none(option)] for n in merges]
+    for combination in itertools.islice(itertools.product(*ways), 64):
+        yield {id(n): way for n, way in zip(merges, combination, strict=True)}
+
+
+def _gates(region: _Region, end: Value) -> bool:
+    one, other = region.leaves.values()
+    return any(is_gate(end, *pair, choice) for choice in _choices(region) for pair in ((one, other), (other, one)))
+
+
+# -- the stream
+
+
+def _is_residual(made: FeedForward) -> bool:
+    """Whether the result is added to something that the input was made of."""
+    origins = data_ancestors(made.first.source)
+    seen: set[int] = set()
+    todo = [made.second.value]
+    while todo and len(seen) < FARTHEST:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        for user in users(node):
+            if user.op in CROSSINGS or user.op in SHAPES or user.op in ("softmax", "mha"):
+                continue
+            if user.op == "add" and any(_shares(a, origins) for a in user.args[:2] if a is not node):
+                return True
+            todo.append(user)
+    return False
+
+
+def _shares(operand: Value, origins: dict[int, Node]) -> bool:
+    """Whether an operand is one of `origins`, seen through norms, views and arithmetic, but no projection."""
+    seen: set[int] = set()
+    todo = [n for n in alternatives(base(operand)) if isinstance(n, Node)]
+    while todo and len(seen) < 60:
+        node = todo.pop()
+        if id(node) in seen or node.op in ("parameter", "config", "attr", "unknown") or node.op in LIKE:
+            continue
+        seen.add(id(node))
+        if id(node) in origins:
+            return True
+        if node.op not in CROSSINGS and node.op not in SHAPES:
+            todo.extend(inputs(node))
+    return False
+
+
+def _is_attended(made: FeedForward, cores: dict[int, Node]) -> bool:
+    """Whether attention writes the stream that the feed-forward reads, or reads the one it writes."""
+    start = [n for n in alternatives(made.first.source) if isinstance(n, Node)]
+    return _reaches(start, inputs, cores) or _reaches([made.second.value], users, cores)
+
+
+def _reaches(start: Sequence[Node], step: Callable[[Node], Iterable[Node]], cores: dict[int, Node]) -> bool:
+    """Whether attention is met on the way, at most one projection apart: its own output or input projection."""
+    crossed: dict[int, int] = {}
+    todo = [(node, 0) for node in start]
+    first = {id(node) for node in start}
+    while todo and len(crossed) < FARTHEST:
+        node, count = todo.pop()
+        if id(node) in cores:
+            return True
+        if node.op in SHAPES or node.op in LIKE:
+            continue
+        if node.op in CROSSINGS and id(node) not in first:
+            count += 1
+        if count > 1 or crossed.get(id(node), 2) <= count:
+            continue
+        crossed[id(node)] = count
+        todo.extend((following, count) for following in step(node))
+    return False
