@@ -16,8 +16,8 @@ from codemods._sdpa_masks import (
     is_scalar_tensor,
     keeps_a_key,
 )
-from codemods._sdpa_trace import Decline, Event, Trace, bound_names, factors
-from modernizer.graph.query import is_const
+from codemods._sdpa_trace import Decline, Event, Trace, factors
+from modernizer.graph.query import VIEWS, is_const
 from modernizer.graph.rank import is_number, rank
 from modernizer.graph.values import Const, Many, Module, Node, Value
 from modernizer.model_map.attention import Attention
@@ -68,6 +68,7 @@ class Builder:
 
     def build(self) -> Pieces:
         self._check_casts()
+        self._check_in_place()
         for statement in self._gone:
             if statement is not self.last:
                 self.pieces.instead[statement] = []
@@ -86,6 +87,8 @@ class Builder:
 
     def text(self, node: ast.expr) -> str:
         """An operand in the code's own words; reads of the scores' size or type become reads of query or key."""
+        if node not in parents(self.trace.tree):  # put together from a helper's text and a call's arguments
+            return ast.unparse(node)
         start, end = self.source.span(node)
         code, moved = self.source.text, ""
         place = start
@@ -145,6 +148,27 @@ class Builder:
         return ast.unparse(node) if "\n" in code or "#" in code else code
 
     # -- moving an expression to the call
+
+    def _check_in_place(self) -> None:
+        """Between the products nothing may change what an operand was made of, under whatever name."""
+        events = [e for e in self.trace.final if e.statement is not None and e.statement is not self.last]
+        operands: dict[int, ast.stmt] = {}
+        for event in events:
+            parts = [event.operand] if event.operand is not None else []
+            if event.kind == "product":
+                parts = list(self._factors())
+            for part in parts:
+                for value in self.trace.values(part):
+                    operands.update({key: event.statement for key in storage(value) if event.statement is not None})
+        flat = self._flat(self.trace.region)
+        for place, statement in enumerate(flat[:-1]):
+            if statement in self._gone:
+                continue
+            for target in changed_in_place(statement):
+                for value in self.trace.values(target):
+                    held = [operands[key] for key in storage(value) if key in operands]
+                    if any(s in flat[: place + 1] for s in held):
+                        raise Decline(f"an operand of the score product is changed in place at line {statement.lineno}")
 
     def _moves(self, node: ast.expr, event: Event | None, code: str) -> bool:
         """Whether an expression means the same at the call as where it stands."""
@@ -295,7 +319,7 @@ class Builder:
 
     def _value(self) -> str:
         parts = factors(self.trace.output, self.trace.machine)
-        weights = self.trace.weights_operand()
+        weights = self.trace.weights
         node = parts[1] if parts[0] is weights else parts[0]
         first = self.contexts[0]
         if first.output.op != "einsum":
@@ -317,7 +341,7 @@ class Builder:
         assert isinstance(equation, Const)
         left, _, out = str(equation.value).replace(" ", "").partition("->")
         a, b = left.split(",")
-        weights_first = factors(self.trace.output, self.trace.machine)[0] is self.trace.weights_operand()
+        weights_first = factors(self.trace.output, self.trace.machine)[0] is self.trace.weights
         weights, value = (a, b) if weights_first else (b, a)
         scores = self._scores_letters(len(weights))
         if len(weights) != len(scores) or "." in weights:
@@ -362,6 +386,8 @@ class Builder:
 
     def _scale(self) -> tuple[str, str]:
         """The number for `scale=`, and what a factor that is a tensor appends to the query."""
+        if any(e.kind == "view" for e in (*self.scores, *self.weights)):
+            self._check_views()
         events = [e for e in self.scores if e.kind == "scale"]
         events = [e for e in events if e not in self._binary_factors()]
         numbers = [e for e in events if e.values and all(is_number(v) for v in e.values)]
@@ -490,7 +516,8 @@ class Builder:
         zeroed = self._rows_zeroed(fills)
         open_rows = bool(fills) and len(fills) == 1 and self._is_open(fills[0][0])
         plain = number == float("-inf") or open_rows or zeroed
-        if fills and number == float("-inf") and not open_rows and not zeroed:
+        becomes_zero = zeroed or any(e.kind == "zero_nan" for e in self.weights)
+        if fills and number == float("-inf") and not open_rows and not becomes_zero:
             self.pieces.notes.append(
                 "a row in which everything is blocked was NaN and is now zero, as torch's kernels have it"
             )
@@ -556,7 +583,7 @@ class Builder:
         return [[id(v) for v in self.trace.values(n)] for n in ast.walk(node) if isinstance(n, ast.Name)]
 
     def _boolean(self, masks: Sequence[tuple[Event, str, float | None]], attends: bool) -> str:
-        parts = [(m[0], self._polarised(m[0], attends, m[1] == "binary")) for m in masks]
+        parts = [(m[0], self._folded(m[0], self._polarised(m[0], attends, m[1] == "binary"))) for m in masks]
         return self._combined(parts, "attn_mask" if attends else "blocked", "&" if attends else "|")
 
     def _polarised(self, event: Event, attends: bool, binary: bool) -> str:
@@ -571,6 +598,33 @@ class Builder:
             return f"{self.atom(code)}.bool()" if is_where and not boolean else code
         return negated(code, self.atom)
 
+    def _check_views(self) -> None:
+        """Views come in pairs: heads out of the batch, masks, heads back into it."""
+        views = [e for e in self.scores if e.kind == "view"]
+        fits = len(views) % 2 == 0 and not any(e.kind == "view" for e in self.weights)
+        for first, last in zip(views[::2], views[1::2], strict=False):
+            fits = fits and first.guard == last.guard and (len(first.sizes), len(last.sizes)) == (4, 3)
+            between = self.scores[self.scores.index(first) + 1 : self.scores.index(last)]
+            fits = fits and all(e.kind in ("fill", "bias", "scale") for e in between)
+        if not fits:
+            raise Decline("the scores change their shape between the products")
+
+    def _folded(self, event: Event, code: str) -> str:
+        """A mask that is applied while the scores have an axis of heads, for scores that have it in the batch."""
+        views = [e for e in self.scores if e.kind == "view"]
+        for first, last in zip(views[::2], views[1::2], strict=True):
+            if not self._place(first) < self._place(event) < self._place(last):
+                continue
+            if any(is_literal(size) and ast.literal_eval(size) == -1 for size in first.sizes):
+                raise Decline("the shape that the scores are masked in is not written out", "replace the -1 in `view`")
+            opened = ", ".join(self.text(size) for size in first.sizes)
+            closed = ", ".join(self.text(size) for size in last.sizes)
+            return f"({code}).expand({opened}).reshape({closed})"
+        return code
+
+    def _place(self, event: Event) -> int:
+        return next(i for i, e in enumerate(self.scores) if e is event or e.node is event.node)
+
     def _float(self, masks: Sequence[tuple[Event, str, float | None]], name: str) -> str:
         parts: list[tuple[Event, str]] = []
         for event, _, _ in masks:
@@ -578,7 +632,7 @@ class Builder:
             code = self.text(event.operand)
             if event.negative:
                 code = minus(code, self.atom)
-            parts.append((event, self._rescaled(event, code)))
+            parts.append((event, self._folded(event, self._rescaled(event, code))))
         return self._combined(parts, name, "+")
 
     def _rescaled(self, event: Event, code: str) -> str:
@@ -901,6 +955,37 @@ def is_in_place(node: ast.AST, names: set[str]) -> bool:
     return isinstance(root, ast.Name) and root.id in names and root.id != "self"
 
 
+def changed_in_place(statement: ast.stmt) -> list[ast.expr]:
+    """The expressions whose tensor a statement changes."""
+    found: list[ast.expr] = []
+    for node in ast.walk(statement):
+        if isinstance(node, ast.AugAssign):
+            target = node.target
+            found.append(target.value if isinstance(target, ast.Subscript) else target)
+        elif isinstance(node, ast.Assign):
+            found += [t.value for t in node.targets if isinstance(t, ast.Subscript)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr.endswith("_") and not node.func.attr.endswith("__"):
+                found.append(node.func.value)
+    return found
+
+
+def storage(value: Value) -> set[int]:
+    """The tensors that may share memory with a value: those it is a view of."""
+    found: set[int] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, Node) and id(node) not in found:
+            found.add(id(node))
+            in_place = node.name.endswith("_") and not node.name.endswith("__")
+            if node.op == "merge":
+                todo.extend(node.args)
+            elif node.op in VIEWS or node.op == "setitem" or in_place:
+                todo.extend(node.args[:1])
+    return found
+
+
 def is_masked_fill(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Attribute) and call.func.attr in ("masked_fill", "masked_fill_")
 
@@ -924,6 +1009,3 @@ def leaves_of(value: Value) -> list[Value]:
     if isinstance(value, Node) and value.op == "merge":
         return [leaf for inner in value.args for leaf in leaves_of(inner)]
     return [] if isinstance(value, Const) and value.value is None else [value]
-
-
-__all__ = ["Builder", "Pieces", "bound_names"]

@@ -6,15 +6,17 @@ The result is a list of events: what each step does, in the words of the code, w
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from modernizer.graph.machine import Machine
 from modernizer.graph.query import IDENTITY, is_none
 from modernizer.graph.torch_api import CALLS, MODULE_OPS, function_operation, operation
-from modernizer.graph.values import Const, External, Many, Module, Node, Value
+from modernizer.graph.values import Class, Const, External, Method, Module, Node, Value
+from modernizer.graph.values import Function as GraphFunction
 from modernizer.source import SourceFile
-from modernizer.syntax import Function, block_of, function_of, outward, parents, statement_of
+from modernizer.syntax import block_of, function_of, names_in, parents, statement_of
 
 CASTS = frozenset("to type float half bfloat16 double type_as".split())
 SILENT = IDENTITY - CASTS - {"dropout"}
@@ -50,7 +52,7 @@ class Event:
     fill: ast.expr | None = None
     fills: Sequence[Value] = ()
     callee: ast.expr | None = None  # a dropout's
-    has_dim: bool = True
+    sizes: tuple[ast.expr, ...] = ()  # of a view
 
 
 State = tuple[Event, ...]
@@ -75,6 +77,7 @@ class Trace:
         self.stored: list[tuple[ast.Assign, ast.Attribute]] = []  # attributes that scores or weights are put into
         self.kept_weights: list[ast.stmt] = []  # statements that do nothing else
         self.final: State = ()
+        self.weights: ast.expr | None = None  # as they enter the product with the value
         self.region: list[ast.stmt] = []
         self._run()
 
@@ -102,8 +105,8 @@ class Trace:
         self._finish(last)
 
     def _finish(self, statement: ast.stmt) -> None:
-        weights = self.weights_operand()
-        found = self.chain(weights, statement, ())
+        self.weights = self._weights_operand()
+        found = self.chain(self.weights, statement, ())
         if found is None:
             raise Decline("what is multiplied by the value cannot be followed back to the scores")
         self.final = found
@@ -112,7 +115,7 @@ class Trace:
             if isinstance(target, ast.Name):
                 self.tracked.pop(target.id, None)
 
-    def weights_operand(self) -> ast.expr:
+    def _weights_operand(self) -> ast.expr:
         operands = factors(self.output, self.machine)
         inside = [o for o in operands if self._is_chain(o)]
         if len(inside) != 1:
@@ -136,6 +139,11 @@ class Trace:
             self._in_place(node, guard)
         elif isinstance(node, ast.If) and self._touches(node):
             self._branch(node, guard)
+        elif isinstance(node, ast.Delete) and any(self._is_tracked(t) for t in node.targets):
+            if not all(self._is_tracked(t) for t in node.targets):
+                raise Decline(f"scores are deleted along with something else at line {node.lineno}")
+            self.dropped.append(node)
+            self._consume(node)
         elif isinstance(node, ast.Assert) and self._reads_only_sizes(node):
             self.dropped.append(node)
             self._consume(node)
@@ -143,6 +151,9 @@ class Trace:
             self._look_for_sizes(node)
             if any(isinstance(n, ast.expr) and self._is_write(n) for n in ast.walk(node)):
                 raise Decline("the scores are changed in a loop or another compound statement")
+
+    def _is_tracked(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id in self.tracked
 
     def _is_write(self, node: ast.expr) -> bool:
         inner = node.value if isinstance(node, ast.Subscript) else node
@@ -364,6 +375,10 @@ class Trace:
             mask, fill = arguments.get("mask"), arguments.get("value")
             if mask is None or fill is None:
                 raise Decline(f"`masked_fill` without mask or value at line {line}")
+            if self._asks_for_nan(mask):
+                self._consume(mask)
+                self._check_zero(fill, line)
+                return Event("zero_nan", node, statement, guard=guard)
             return Event(
                 "fill", node, statement, mask, self.values(mask), guard, fill=fill, fills=self.values(fill)
             )
@@ -371,10 +386,16 @@ class Trace:
             has_cast = "dtype" in arguments or len(node.args) > 3
             made = Event("softmax", node, statement, guard=guard)
             if has_cast:
-                return replace(made, operand=arguments.get("dtype"), has_dim=True)
+                return replace(made, operand=arguments.get("dtype"))
             return made
         if op == "dropout":
             return Event("dropout", node, statement, guard=guard, callee=node.func)
+        if op in ("view", "reshape"):
+            sizes = [a for name, a in arguments.items() if name != "input"]
+            if len(sizes) == 1 and isinstance(sizes[0], ast.Tuple | ast.List):
+                sizes = list(sizes[0].elts)
+            if not any(isinstance(size, ast.Starred) for size in sizes):
+                return Event("view", node, statement, guard=guard, sizes=tuple(sizes))
         if op == "nan_to_num" and len(node.args) + len(node.keywords) <= 2:
             return Event("zero_nan", node, statement, guard=guard)
         if op == "opaque":
@@ -383,6 +404,21 @@ class Trace:
             f"`{op}` stands between the score product and the value product at line {line}",
             "scaled_dot_product_attention has no place for it",
         )
+
+    def _asks_for_nan(self, mask: ast.expr) -> bool:
+        """`torch.isnan(weights)`, `weights.isnan()` or `weights != weights`."""
+        if isinstance(mask, ast.Compare) and len(mask.ops) == 1 and isinstance(mask.ops[0], ast.NotEq):
+            return self._is_tracked(mask.left) and ast.dump(mask.left) == ast.dump(mask.comparators[0])
+        if not isinstance(mask, ast.Call):
+            return False
+        values = self.values(mask)
+        inner = mask.args[0] if mask.args else getattr(mask.func, "value", None)
+        is_nan = bool(values) and all(isinstance(v, Node) and v.op == "isnan" for v in values)
+        return is_nan and isinstance(inner, ast.expr) and self._is_tracked(inner)
+
+    def _check_zero(self, fill: ast.expr, line: int) -> None:
+        if not all(isinstance(v, Const) and v.value == 0 for v in self.values(fill)):
+            raise Decline(f"NaN weights become something else than zero at line {line}")
 
     def _where(
         self, node: ast.Call, arguments: dict[str, ast.expr], statement: ast.stmt,
@@ -413,10 +449,16 @@ class Trace:
         direct = [a for a in touched if self.chain(a, statement, guard, tests) is not None]
         if not direct:
             return None
-        raise Decline(
-            f"scores or weights are handed to `{ast.unparse(node.func)}` at line {node.lineno}",
-            "write the masking and the softmax in the function that holds the two products",
-        )
+        found = Inlined(self, node, direct[0]).events(statement, guard) if len(direct) == 1 and not tests else None
+        if found is None:
+            raise Decline(
+                f"scores or weights are handed to `{ast.unparse(node.func)}` at line {node.lineno}",
+                "write the masking and the softmax in the function that holds the two products",
+            )
+        for argument in (*node.args, *(k.value for k in node.keywords)):
+            if argument is not direct[0]:
+                self._scan(argument)
+        return found
 
     # -- what is called
 
@@ -516,6 +558,157 @@ class Trace:
         return bool(reads)
 
 
+class Inlined:
+    """A helper of the project that masks or normalises scores, read as if it stood in the calling statement."""
+
+    def __init__(self, trace: Trace, call: ast.Call, scores: ast.expr) -> None:
+        self.trace = trace
+        self.call = call
+        self.scores = scores
+        self.names: dict[str, ast.expr] = {}
+
+    def events(self, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...]) -> State | None:
+        """The events up to what the helper returns; None where it does more than that."""
+        function = self._function()
+        start = self.trace.chain(self.scores, statement, guard)
+        if function is None or start is None or not self._bind(function):
+            return None
+        outer, sizes, consumed = self.trace.tracked, dict(self.trace.sizes), set(self.trace.consumed)
+        parameter = next(n for n, v in self.names.items() if v is self.scores)
+        self.trace.tracked = {parameter: start}
+        try:
+            found = self._run(function, statement, guard)
+            read = [what for node, (what, _) in self.trace.sizes.items() if node not in sizes]
+        finally:
+            self.trace.tracked, self.trace.sizes, self.trace.consumed = outer, sizes, consumed
+        if found is None or any(what != "like" for what in read) or found[: len(start)] != start:
+            return None
+        self.names[parameter] = factors(self.trace.product, self.trace.machine)[0]
+        new = [self._seen_from_outside(event) for event in found[len(start) :]]
+        return None if any(event is None for event in new) else (*start, *(event for event in new if event is not None))
+
+    def _function(self) -> ast.FunctionDef | None:
+        nodes: set[ast.AST] = set()
+        for value in self.trace.values(self.call.func):
+            nodes.add(entered(value) or self.call)
+        node = nodes.pop() if len(nodes) == 1 else None
+        return node if isinstance(node, ast.FunctionDef) and node in parents(self.trace.tree) else None
+
+    def _bind(self, function: ast.FunctionDef) -> bool:
+        spec = function.args
+        if spec.vararg or spec.kwarg or any(isinstance(a, ast.Starred) for a in self.call.args):
+            return False
+        parameters = [*spec.posonlyargs, *spec.args]
+        values = self.trace.values(self.call.func)
+        if all(isinstance(v, Method | Module) for v in values):
+            owner = self.call.func
+            if all(isinstance(v, Method) for v in values) and isinstance(owner, ast.Attribute):
+                owner = owner.value
+            self.names[parameters[0].arg] = owner
+            parameters = parameters[1:]
+        given = dict(zip((p.arg for p in parameters), self.call.args, strict=False))
+        given.update({k.arg: k.value for k in self.call.keywords if k.arg})
+        plain = [*spec.posonlyargs, *spec.args]
+        defaults = dict(zip([p.arg for p in plain[len(plain) - len(spec.defaults) :]], spec.defaults, strict=True))
+        defaults.update({p.arg: d for p, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None})
+        for parameter in (*parameters, *spec.kwonlyargs):
+            value = given.get(parameter.arg, defaults.get(parameter.arg))
+            if value is None or (parameter.arg not in given and not isinstance(value, ast.Constant)):
+                return False
+            self.names[parameter.arg] = value
+        return True
+
+    def _run(
+        self, function: ast.FunctionDef, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...]
+    ) -> State | None:
+        for inner in function.body:
+            if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant):
+                continue
+            if isinstance(inner, ast.Return) and inner.value is not None:
+                return self.trace.chain(inner.value, statement, guard)
+            if isinstance(inner, ast.If) and not inner.orelse and len(inner.body) == 1:
+                if not self._assign(inner.body[0], statement, guard, ((inner.test, True),)):
+                    return None
+            elif not self._assign(inner, statement, guard, ()):
+                return None
+        return None
+
+    def _assign(
+        self, inner: ast.stmt, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...],
+        tests: tuple[tuple[ast.expr, bool], ...],
+    ) -> bool:
+        target = inner.targets[0] if isinstance(inner, ast.Assign) and len(inner.targets) == 1 else None
+        if not isinstance(inner, ast.Assign) or not isinstance(target, ast.Name):
+            return False
+        found = self.trace.chain(inner.value, statement, guard, tests)
+        if found is None:
+            return False
+        before = self.trace.tracked.get(target.id)
+        if tests and (before is None or found[: len(before)] != before):
+            return False
+        self.trace.tracked[target.id] = found
+        return True
+
+    def _seen_from_outside(self, event: Event) -> Event | None:
+        if event.kind not in ("fill", "bias", "scale", "softmax", "cast"):
+            return None
+        parts = [event.operand, event.fill, *(test for test, _ in event.tests)]
+        if any(part is not None and not self._is_known(part) for part in parts):
+            return None
+        return replace(
+            event,
+            operand=self._moved(event.operand),
+            fill=self._moved(event.fill),
+            tests=tuple((self._moved(test) or test, is_true) for test, is_true in event.tests),
+        )
+
+    def _is_known(self, part: ast.expr) -> bool:
+        """Whether every name means the same in the calling function."""
+        assert self.trace.function is not None
+        local = names_in(self.trace.function)
+        free = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)} - self.names.keys()
+        bound = {n.id for n in ast.walk(self.trace.function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        bound |= {n.arg for n in ast.walk(self.trace.function) if isinstance(n, ast.arg)}
+        inner = {n.id for n in ast.walk(part) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        return not (free & bound & local) and not inner and not (free & self._locals)
+
+    @property
+    def _locals(self) -> set[str]:
+        function = self._function()
+        if function is None:
+            return set()
+        return {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+    def _moved(self, part: ast.expr | None) -> ast.expr | None:
+        if part is None:
+            return None
+        moved = _Rename(self.names).visit(copy.deepcopy(part))
+        assert isinstance(moved, ast.expr)
+        return ast.parse(ast.unparse(moved), mode="eval").body
+
+
+class _Rename(ast.NodeTransformer):
+    """Puts the arguments of a call in place of a function's parameters."""
+
+    def __init__(self, names: dict[str, ast.expr]) -> None:
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.names.get(node.id, node)
+
+
+def entered(value: Value) -> ast.AST | None:
+    """The function that calling a value enters, if it is one of the project's."""
+    if isinstance(value, GraphFunction):
+        return value.node
+    if isinstance(value, Method):
+        return entered(value.function)
+    if isinstance(value, Module) and value.cls is not None:
+        owner = next((c for c in value.cls.mro if isinstance(c, Class) and "forward" in c.members), None)
+        return owner.members["forward"] if owner is not None else None
+    return None
+
+
 def factors(node: ast.expr, machine: Machine) -> list[ast.expr]:
     """The two factors of a product as they stand in the code, einsum's equation left out; for baddbmm the last two."""
     if isinstance(node, ast.BinOp):
@@ -573,6 +766,3 @@ def bound_names(targets: Sequence[ast.expr]) -> set[str]:
 
 def leaves(body: Sequence[ast.stmt]) -> bool:
     return bool(body) and isinstance(body[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)
-
-
-__all__ = ["Decline", "Event", "State", "Trace", "bound_names", "factors", "Const", "Many", "Function", "outward"]

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from codemods._sdpa_trace import Decline, Trace, bound_names
-from modernizer.edit import AddArgument, AddParameter, Edit, Insert, Replace
-from modernizer.graph.values import Class, Frame, Function, Method, Module, Value
+from codemods._sdpa_trace import Decline, Trace, entered
+from modernizer.edit import AddArgument, AddParameter, Edit, Insert
+from modernizer.graph.values import Frame, Value
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
 from modernizer.source import SourceFile
@@ -42,6 +42,11 @@ class Demand:
 
 def demand_for(model: ModelMap, trace: Trace, contexts: Sequence[Attention]) -> Demand:
     """Who wants the weights. Raises Decline where somebody always does."""
+    assert trace.function is not None
+    for node in ast.walk(trace.function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del) and node.id in trace.names:
+            if node not in trace.consumed:
+                raise Decline(f"a variable that holds scores or weights is deleted at line {node.lineno}")
     reads = extra_reads(trace, trace.names)
     if not reads and not trace.stored:
         return Demand()
@@ -246,8 +251,8 @@ class _Analysis:
         """Whether a call can only be one of the functions that take the new parameter."""
         values = [value for _, value in self.machine.at.get(call.func, ())]
         return bool(values) and all(
-            any(entered is known for known in self.slots) for value in values for entered in _entered(value)
-        ) and all(list(_entered(value)) for value in values)
+            any(entered(value) is known for known in self.slots) for value in values
+        )
 
     def _use(self, call: ast.Call, slot: int, outer: FunctionNode, source: SourceFile, caller: Frame) -> set[str]:
         parent = parents(source.tree).get(call)
@@ -441,18 +446,6 @@ def _flag_edit(owner: ast.ClassDef, flag: str, source: SourceFile) -> Iterator[E
     yield Insert(source.path, first, code, where="after" if is_docstring else "before")
 
 
-def _entered(value: Value) -> Iterator[ast.AST]:
-    """The functions that calling a value enters."""
-    if isinstance(value, Function):
-        yield value.node
-    elif isinstance(value, Method):
-        yield from _entered(value.function)
-    elif isinstance(value, Module) and value.cls is not None:
-        owner = next((c for c in value.cls.mro if isinstance(c, Class) and "forward" in c.members), None)
-        if owner is not None:
-            yield owner.members["forward"]
-
-
 def _slot(statement: ast.Return, read: ast.AST) -> int | None:
     """Which item of the returned tuple a read is, the only one where it is returned by itself."""
     if isinstance(statement.value, ast.Tuple) and read in statement.value.elts:
@@ -529,6 +522,3 @@ def _stable_test(source: SourceFile, function: ast.FunctionDef, test: ast.expr) 
 def _is_looked_up(above: dict[ast.AST, ast.AST], node: ast.AST) -> bool:
     parent = above.get(node)
     return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id in ("getattr", "hasattr")
-
-
-__all__ = ["Demand", "Replace", "bound_names", "demand_for"]

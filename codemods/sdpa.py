@@ -192,7 +192,7 @@ def _check_chain(trace: Trace) -> None:
     if kinds.count("softmax") != 1 or kinds.count("product") != 1:
         raise Decline("the way from the score product to the value product holds no single softmax")
     place = kinds.index("softmax")
-    allowed = {"dropout", "cast", "zero_nan", "fill"}
+    allowed = {"dropout", "cast", "zero_nan", "fill", "view"}
     for event in trace.final[place + 1 :]:
         if event.kind not in allowed:
             line = getattr(event.node, "lineno", 0)
