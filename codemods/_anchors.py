@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from codemods._survey import Cannot, place
+from modernizer.edit import Edit, Insert
 from modernizer.graph import Graph
 from modernizer.graph.query import SHAPES, is_none, location
 from modernizer.graph.rank import rank
@@ -340,6 +341,46 @@ def told_by_arguments(anchor: Anchor) -> str | None:
         both = all(isinstance(c.frame.arguments[n], Node) for c in anchor.contexts for n in (first, second))
         if both and all(s == c.changes for s, c in zip(same, anchor.contexts, strict=True)):
             return f"{first} is {second}"
+    return None
+
+
+def kept_test(anchor: Anchor, test: str) -> tuple[list[Edit], str]:
+    """A test on a function's arguments as it can be asked at the anchor: by itself, or kept in a variable from the
+    start where the arguments' names are bound anew."""
+    function = anchor.function.node
+    names = {n.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
+    if not names & {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}:
+        return [], test
+    if not isinstance(function, ast.FunctionDef):
+        raise Cannot("what tells self-attention from attention to another sequence is bound anew before it is needed",
+                     place(anchor.contexts[0].attention))  # fmt: skip
+    name = free_name(function, "is_self_attention", "attends_to_itself")
+    body = function.body
+    is_doc = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and len(body) > 1
+    return [Insert(anchor.frame.path, body[1] if is_doc else body[0], f"{name} = {test}\n", "before")], name
+
+
+def free_name(function: ast.AST, *wanted: str) -> str:
+    """The first of the names, or one with a number, that means nothing yet in a function."""
+    used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
+    used |= {a.arg for a in ast.walk(function) if isinstance(a, ast.arg)}
+    return next(n for n in (*wanted, *(f"{wanted[0]}_{i}" for i in range(2, 99))) if n not in used)
+
+
+def simple_statement(code: Code, anchor: Anchor) -> ast.stmt | None:
+    """The statement an anchor is part of, if a line before it runs once, just before it."""
+    node: ast.AST | None = anchor.node
+    while node is not None and not isinstance(node, ast.stmt):
+        if isinstance(node, ast.Lambda | ast.ListComp | ast.GeneratorExp | ast.SetComp | ast.DictComp | ast.IfExp):
+            return None
+        node = code.tree.parent(node)
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr | ast.AugAssign):
+        return None
+    for above in code.tree.above(node):
+        if isinstance(above, ast.For | ast.While):
+            return None
+        if isinstance(above, ast.FunctionDef | ast.Lambda):
+            return node if above is anchor.function.node else None
     return None
 
 

@@ -6,12 +6,13 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from codemods._anchors import MAX_LIFT, Anchor, Code, Context, Part, constructions
+from codemods._anchors import MAX_LIFT, Anchor, Code, Context, Part, free_name, kept_test, simple_statement
 from codemods._parts import Attached, Parts
 from codemods._rotation import keeps_past
 from codemods._survey import Cannot, place
 from modernizer.edit import AddArgument, AddParameter, Delete, Edit, Insert, Replace
 from modernizer.graph.query import VIEWS, is_torch
+from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Many, Module, Node, Value
 from modernizer.imports import Imports
 from modernizer.model_map.attention import Attention
@@ -75,7 +76,10 @@ def _heads(code: Code, contexts: Sequence[Context]) -> _Heads:
     first = contexts[0].attention
     if first.form == "einsum":
         return _Heads(_einsum_heads(first))
-    ranks = {c.attention.rank or _rank_by_transposition(c) for c in contexts}
+    container = _container(code, contexts)
+    if container is not None and not any(_has_heads(c) for c in contexts):
+        return _Heads(per_module=container)
+    ranks = {c.attention.rank or rank(c.attention.key) or _rank_by_transposition(c) for c in contexts}
     if ranks == {4}:
         for context in contexts:
             if _is_batch_at_heads(context.attention.query):
@@ -141,16 +145,18 @@ def _is_batch_at_heads(value: Value) -> bool:
 def _folded(code: Code, contexts: Sequence[Context]) -> _Heads:
     """Scores of three axes: a module a head, one head for all features, or heads in the batch."""
     first = contexts[0]
-    container = _container(code, contexts)
-    if container is not None:
-        return _Heads(per_module=container)
     for context in contexts:
-        if any(n.op in ("view", "reshape", "cat", "chunk", "split", "rearrange", "flatten") for n in _way(context)):
+        if _has_heads(context):
             raise Cannot(
                 "heads are folded into the batch here, and how they are ordered is not told by the scores",
                 place(first.attention), "give the scores an axis of heads",
             )  # fmt: skip
     return _Heads("1, head=0")
+
+
+def _has_heads(context: Context) -> bool:
+    """Whether the features of a query are split into heads after the projection."""
+    return any(n.op in ("view", "reshape", "cat", "chunk", "rearrange", "flatten", "unflatten") for n in _way(context))
 
 
 def _way(context: Context) -> list[Node]:
@@ -237,35 +243,23 @@ def _at(code: Code, parts: Parts, anchor: Anchor, arguments: str, lifted: int) -
 
 
 def _written(code: Code, anchor: Anchor, attached: Attached) -> list[Edit]:
-    operand, module = anchor.query.expr, attached.text
-    test = f"{module} is not None" if attached.optional else attached.test
-    if not test:
-        return [Replace(anchor.frame.path, operand, f"{module}($0)", (operand,))]
-    if attached.test and _rebinds(anchor, attached.test):
-        raise Cannot("what tells self-attention from attention to another sequence is bound anew before the softmax",
-                     place(anchor.contexts[0].attention))  # fmt: skip
-    statement = code.tree.statement(operand)
-    if isinstance(operand, ast.Name) and _is_simple(code, anchor, statement):
-        return [Insert(anchor.frame.path, statement, f"if {test}:\n    {operand.id} = {module}({operand.id})\n", "before")]
+    """`softmax(self.alibi(scores))`, or under the test that tells where it applies."""
+    operand, module, path = anchor.query.expr, attached.text, anchor.frame.path
+    if not attached.optional and not attached.test:
+        return [Replace(path, operand, f"{module}($0)", (operand,))]
+    before, test = kept_test(anchor, attached.test) if attached.test else ([], f"{module} is not None")
+    statement = simple_statement(code, anchor)
+    if statement is None:
+        if not isinstance(operand, ast.Name):
+            raise Cannot("the scores are computed inside the softmax, in a class that serves other sequences too",
+                         place(anchor.contexts[0].attention), "give the scores a name")  # fmt: skip
+        return [*before, Replace(path, operand, f"({module}($0) if {test} else $0)", (operand,))]
     if isinstance(operand, ast.Name):
-        return [Replace(anchor.frame.path, operand, f"({module}($0) if {test} else $0)", (operand,))]
-    raise Cannot("the scores are computed inside the softmax, in a class that serves other sequences too",
-                 place(anchor.contexts[0].attention), "give the scores a name")  # fmt: skip
-
-
-def _is_simple(code: Code, anchor: Anchor, statement: ast.stmt) -> bool:
-    node: ast.AST | None = anchor.node
-    while node is not None and node is not statement:
-        if isinstance(node, ast.Lambda | ast.ListComp | ast.GeneratorExp | ast.IfExp):
-            return False
-        node = code.tree.parent(node)
-    return isinstance(statement, ast.Assign | ast.Return | ast.Expr | ast.AnnAssign)
-
-
-def _rebinds(anchor: Anchor, test: str) -> bool:
-    names = {n.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
-    stored = {n.id for n in ast.walk(anchor.function.node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return bool(names & stored)
+        return [*before, Insert(path, statement, f"if {test}:\n    {operand.id} = {module}({operand.id})\n", "before")]
+    name = free_name(anchor.function.node, "scores", "attention_scores")
+    text = anchor.frame.scope.source.code(operand)
+    lines = f"{name} = {text}\nif {test}:\n    {name} = {module}({name})\n"
+    return [*before, Insert(path, statement, lines, "before"), Replace(path, operand, name)]
 
 
 def _handed_in(code: Code, parts: Parts, anchor: Anchor, arguments: str, reason: Cannot) -> list[Edit]:
@@ -293,10 +287,9 @@ def _handed_in(code: Code, parts: Parts, anchor: Anchor, arguments: str, reason:
         assert isinstance(call, ast.Call)
         outer = Anchor(call, contexts[0].frame.function or anchor.function, tuple(contexts), anchor.query, anchor.key)
         attached = parts.attach(outer, arguments)
-        if attached.test and _rebinds(outer, attached.test):
-            raise Cannot("what tells self-attention from attention to another sequence is bound anew before the call",
-                         place(contexts[0].attention))  # fmt: skip
-        text = f"{attached.text} if {attached.test} else None" if attached.test else attached.text
+        before, test = kept_test(outer, attached.test) if attached.test else ([], "")
+        edits += before
+        text = f"{attached.text} if {test} else None" if test else attached.text
         edits.append(AddArgument(contexts[0].frame.path, call, text, name))
     return edits
 
@@ -343,4 +336,4 @@ def _in_mask(code: Code, parts: Parts, contexts: Sequence[tuple[Attention, bool]
     return edits
 
 
-__all__ = ["bias", "constructions"]
+__all__ = ["bias"]

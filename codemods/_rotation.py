@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-from codemods._anchors import MAX_LIFT, Anchor, Code, Context, Part, lift, product_anchor, unwrap
+from codemods._anchors import MAX_LIFT, Anchor, Code, Context, Part, kept_test, lift, product_anchor, simple_statement, unwrap
 from codemods._parts import Attached, Parts
 from codemods._survey import Cannot, on_the_way, place
 from modernizer.edit import Edit, Insert, Replace
@@ -63,7 +63,7 @@ class _Writer:
         """`q, k = self.rotary(q), self.rotary(k)` before the statement; nothing where names or uses forbid it."""
         if not (isinstance(query.expr, ast.Name) and isinstance(key.expr, ast.Name)) or query.expr.id == key.expr.id:
             return []
-        statement = self._simple_statement()
+        statement = simple_statement(self.code, self.anchor)
         if statement is None or not all(self._may_rebind(p.expr, statement) for p in (query, key)):
             return []
         q, k = query.expr.id, key.expr.id
@@ -118,34 +118,7 @@ class _Writer:
             return [], f"{self.attached.text} is not None"
         if not self.attached.test:
             return [], ""
-        names = {n.id for n in ast.walk(ast.parse(self.attached.test)) if isinstance(n, ast.Name)}
-        function = self.anchor.function.node
-        bound = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        if not names & bound or not isinstance(function, ast.FunctionDef):
-            return [], self.attached.test
-        used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)} | {a.arg for a in ast.walk(function.args)
-                                                                              if isinstance(a, ast.arg)}  # fmt: skip
-        name = next(n for n in ("is_self_attention", "attends_to_itself", "same_sequence") if n not in used)
-        body = function.body
-        is_doc = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and len(body) > 1
-        anchor = body[1] if is_doc else body[0]
-        return [Insert(self.path, anchor, f"{name} = {self.attached.test}\n", "before")], name
-
-    def _simple_statement(self) -> ast.stmt | None:
-        """The statement the anchor is part of, if a line before it runs once, just before it."""
-        node: ast.AST | None = self.anchor.node
-        while node is not None and not isinstance(node, ast.stmt):
-            if isinstance(node, ast.Lambda | ast.ListComp | ast.GeneratorExp | ast.SetComp | ast.DictComp | ast.IfExp):
-                return None
-            node = self.code.tree.parent(node)
-        if not isinstance(node, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr | ast.AugAssign):
-            return None
-        for above in self.code.tree.above(node):
-            if isinstance(above, ast.For | ast.While):
-                return None
-            if isinstance(above, ast.FunctionDef | ast.Lambda):
-                return node if above is self.anchor.function.node else None
-        return None
+        return kept_test(self.anchor, self.attached.test)
 
     def _may_rebind(self, name: ast.Name, statement: ast.stmt) -> bool:
         """Whether everything that reads a name from here on either is the operand or only asks for its size."""

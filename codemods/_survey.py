@@ -215,7 +215,7 @@ class Survey:
                 return step.node
         if context.form == "sdpa":
             mask = context.scores.kwargs.get("attn_mask", context.scores.args[3] if len(context.scores.args) > 3 else None)
-            if isinstance(mask, Node) and any(n.name == "bias" and _is_alibi(n.module) for n in ancestors(mask).values()):
+            if isinstance(mask, Node) and any(_asks_alibi(n) for n in ancestors(mask).values()):
                 return mask
             if isinstance(mask, Node) and self._is_bias(mask):
                 return mask
@@ -224,7 +224,7 @@ class Survey:
     def _is_bias(self, value: Node) -> bool:
         """Whether a summand of scores is more than a mask: made of learned numbers or of places, free of content."""
         found = _outside_comparisons(value)
-        if any(_is_alibi(n.module) for n in found.values()):
+        if any(_asks_alibi(n) for n in found.values()):
             return True
         if not self.contents.is_free(value):
             return False
@@ -367,8 +367,10 @@ def _outside_comparisons(value: Value) -> dict[int, Node]:
     return ancestors(value, lambda n: n.op in COMPARISONS or n.op in SHAPES)
 
 
-def _is_alibi(module: Module | None) -> bool:
-    return module is not None and module.torch_name == "modernizer.components.ALiBi"
+def _asks_alibi(node: Node) -> bool:
+    """Whether a datum comes of an ALiBi module: of its call, or of a method of its own."""
+    held = [node.module, *node.args[:1]]
+    return any(isinstance(m, Module) and m.torch_name == "modernizer.components.ALiBi" for m in held)
 
 
 def _is_set(module: Module, name: str) -> bool:

@@ -170,6 +170,8 @@ class Scope:
             return self.scopes.evaluate(self.frame, binding.value)
         if isinstance(binding, ast.AnnAssign) and binding.value is not None:
             return self.scopes.evaluate(self.frame, binding.value)
+        if isinstance(binding, ast.Assign) and (part := _part_for(name, binding)) is not None:
+            return self.scopes.evaluate(self.frame, part)
         return Node("unknown", (), binding, self.frame, name=name)
 
     def make_class(self, node: ast.ClassDef, closure: Frame | None) -> Class:
@@ -209,6 +211,17 @@ def _module_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _module_level(statement.body)
         else:
             yield statement
+
+
+def _part_for(name: str, statement: ast.Assign) -> ast.expr | None:
+    """What `a, b = 1, 2` binds a name to."""
+    for target in statement.targets:
+        if isinstance(target, ast.Tuple | ast.List) and isinstance(statement.value, ast.Tuple | ast.List):
+            pairs = list(zip(target.elts, statement.value.elts, strict=False))
+            if len(target.elts) == len(statement.value.elts) and not any(isinstance(p, ast.Starred) for q in pairs for p in q):
+                found = [v for t, v in pairs if isinstance(t, ast.Name) and t.id == name]
+                return found[0] if found else None
+    return None
 
 
 def _exported(module: str, name: str) -> bool:

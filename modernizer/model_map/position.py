@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from modernizer.graph import Graph
-from modernizer.graph.query import LIKE, SHAPES, alternatives, inputs, is_torch, strip_views
-from modernizer.graph.values import Const, Frame, Many, Module, Node, Value, flatten
+from modernizer.graph.query import LIKE, SHAPES, VIEWS, inputs, is_torch, strip_views, through
+from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
 
 RANGES = frozenset("arange linspace range cumsum".split())
 WAVES = frozenset("sin cos polar".split())
@@ -21,6 +21,7 @@ ADDS = frozenset({"add"})
 # Operations of which all operands but the first give a size, a type or a device.
 AS_OTHER = frozenset("expand_as view_as reshape_as type_as to expand view reshape repeat".split())
 KINDS = frozenset("device dtype requires_grad is_cuda ndim".split())
+CASTS = frozenset("int long bool byte short".split())
 ASKS = frozenset("get_device is_floating_point is_contiguous element_size".split())
 
 
@@ -178,7 +179,7 @@ def _long_axes(parameter: Node) -> list[Value]:
 
 def _counts_kept(node: Node) -> bool:
     """Whether a running sum counts the tokens that are no padding: positions. One of separators counts segments."""
-    counted = strip_views(node.args[0]) if node.args else None
+    counted = through(node.args[0], VIEWS | CASTS) if node.args else None
     return isinstance(counted, Node) and counted.op in ("ne", "noteq", "input", "logical_not", "invert", "ones", "ones_like", "fill")
 
 
@@ -251,8 +252,4 @@ def flatten_all(node: Node) -> Iterator[Value]:
         yield from flatten(part)
 
 
-def reading_order(sites: Sequence[PositionSite]) -> Sequence[PositionSite]:
-    return sorted(sites, key=lambda s: (str(s.frame.path), getattr(s.node, "lineno", 0)))
-
-
-__all__ = ["Contents", "Position", "PositionSite", "find_positions", "is_score", "is_table", "alternatives", "Module"]
+__all__ = ["Contents", "Position", "PositionSite", "find_positions", "is_score", "is_table"]

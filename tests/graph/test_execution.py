@@ -335,3 +335,9 @@ def test_a_list_that_is_also_handed_in_may_hold_what_was_handed_in(tmp_path: Pat
 def test_whether_two_tensors_are_one(tmp_path: Path, call: str, runs: list[str]) -> None:
     text = model(f"return {call}") + "\n    def f(self, a, b):\n        return a.relu() if a is b else a.tanh()\n"
     assert ops(graph_of(tmp_path, m=text), "relu", "tanh") == runs
+
+
+def test_several_names_bound_at_once_at_the_top_of_a_file(tmp_path: Path) -> None:
+    text = model("return (x, WIDTH, HEADS)", head="WIDTH, HEADS = 8, 2\n")
+    value = returned(graph_of(tmp_path, m=text))
+    assert isinstance(value, Many) and [v.value for v in value.items if isinstance(v, Const)] == [8, 2]
