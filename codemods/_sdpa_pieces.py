@@ -540,8 +540,10 @@ class Builder:
     def _fill_text(self, event: Event, number: float | None) -> str:
         if event.fill is None:
             return repr(number)
-        if any(isinstance(v, Node) for v in event.fills) and number != -1e30:
-            return repr(number)
+        is_number = number is not None and number != -1e30
+        if is_number and (event.fill not in parents(self.trace.tree) or any(isinstance(v, Node) for v in event.fills)):
+            short = f"{number:g}".replace("e+0", "e").replace("e+", "e")
+            return short if float(short) == number else repr(number)
         return self.text(event.fill)
 
     def _bias_of_product(self, masks: list[tuple[Event, str, float | None]]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from codemods._sdpa_trace import Decline, Trace, entered
-from modernizer.edit import AddArgument, AddParameter, Edit, Insert
+from modernizer.edit import AddArgument, AddParameter, Edit, Insert, Replace
 from modernizer.graph.values import Frame, Value
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
@@ -21,7 +21,8 @@ from modernizer.syntax import Function as FunctionNode
 from modernizer.syntax import free_name, function_of, names_in, outward, parents, statement_of
 
 ALWAYS = "always"
-COPIES = frozenset({"detach", "clone", "cpu", "data", "contiguous", "squeeze", "numpy"})
+# What is done to weights that are kept to be looked at.
+SHOWN = frozenset("detach clone cpu data contiguous squeeze numpy mean sum float view".split())
 
 
 @dataclass
@@ -96,6 +97,7 @@ class _Analysis:
         self.flags: dict[ast.ClassDef, str] = {}
         self.attributes: list[str] = []
         self.parameter = ""
+        self.wrapped: list[ast.stmt] = []  # further statements that compute something of the weights
 
     def demand(self, reads: Sequence[ast.Name]) -> Demand:
         function = self.trace.function
@@ -119,6 +121,7 @@ class _Analysis:
                 "add an argument that says whether they are wanted, false by default",
             )
         made.condition = " or ".join(dict.fromkeys(conditions))
+        made.edits += [self._only_if(statement, made.condition) for statement in self.wrapped]
         made.edits += self._edits()
         made.notes += self._notes()
         return made
@@ -144,15 +147,15 @@ class _Analysis:
             elif read.id not in made.unset:
                 made.unset.append(read.id)
             return ["#"]
-        attribute = _stored_in(source, statement, read)
+        attribute = _stored_in(statement, read)
         if attribute is not None:
             condition = self._flag(attribute, source, self.contexts[0].frame)
             if inside is not None:
                 made.dropped[statement] = []
             elif isinstance(statement, ast.Assign) and statement.value is read:
-                made.unset.append(read.id) if read.id not in made.unset else None
+                made.unset += [read.id] if read.id not in made.unset else []
             else:
-                self._only_if(made, statement, condition)
+                self.wrapped.append(statement)
             return [condition]
         return self._derived(read, statement, inside, made)
 
@@ -202,15 +205,18 @@ class _Analysis:
         if inside is not None:
             made.dropped[statement] = [f"{name} = None"] if inner.unset else []
         else:
-            self._only_if(made, statement, "#derived")
-        self._pending_conditions = conditions
+            self.wrapped.append(statement)
         return conditions
 
-    def _only_if(self, made: Demand, statement: ast.stmt, condition: str) -> None:
-        raise Decline(
-            f"the weights are used for something else at line {statement.lineno}",
-            "compute it only where it is asked for",
-        )
+    def _only_if(self, statement: ast.stmt, condition: str) -> Edit:
+        """What a statement behind the products computes of the weights, only where it is wanted."""
+        path, code = self.trace.source.path, self.trace.source.code(statement)
+        assert isinstance(statement, ast.Assign)
+        if isinstance(statement.targets[0], ast.Attribute):
+            if "\n" in code:
+                code = ast.unparse(statement)
+            return Replace(path, statement, f"if {condition}:\n    {code}\n")
+        return Replace(path, statement.value, f"$0 if {condition} else None", (statement.value,))
 
     # -- returned weights
 
@@ -318,7 +324,7 @@ class _Analysis:
         for node in ast.walk(outer):
             if not (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)):
                 continue
-            if not self._sees(node, outer, source, statement, name):
+            if not self._sees(node, outer, source, statement, name) or _is_appended_to(source, node):
                 continue
             found |= self._one_use(node, outer, source, caller, seen | {name})
         return found
@@ -340,7 +346,7 @@ class _Analysis:
         if isinstance(statement, ast.Return):
             slot = _slot(statement, node)
             return {ALWAYS} if slot is None else self._passed_on(outer, slot, source)
-        attribute = _stored_in(source, statement, node)
+        attribute = _stored_in(statement, node)
         if attribute is not None:
             return {self._flag(attribute, source, caller)}
         collected = _collected_in(source, statement, node)
@@ -453,21 +459,24 @@ def _slot(statement: ast.Return, read: ast.AST) -> int | None:
     return None
 
 
-def _stored_in(source: SourceFile, statement: ast.stmt, read: ast.AST) -> ast.Attribute | None:
-    """The attribute that a statement puts a variable into, as it is or as a detached copy."""
+def _stored_in(statement: ast.stmt, read: ast.AST) -> ast.Attribute | None:
+    """The attribute that a statement puts weights, a copy or their mean into. What else is made of them may be a loss."""
     if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
         return None
     target, value = statement.targets[0], statement.value
     while value is not read:
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and not value.args:
-            if value.func.attr not in COPIES:
-                return None
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in SHOWN:
             value = value.func.value
-        elif isinstance(value, ast.Attribute) and value.attr in COPIES:
+        elif isinstance(value, ast.Attribute) and value.attr in SHOWN:
             value = value.value
         else:
             return None
     return target if isinstance(target, ast.Attribute) else None
+
+
+def _is_appended_to(source: SourceFile, node: ast.AST) -> bool:
+    parent = parents(source.tree).get(node)
+    return isinstance(parent, ast.Attribute) and parent.attr in ("append", "extend")
 
 
 def _collected_in(source: SourceFile, statement: ast.stmt, read: ast.AST) -> str:
