@@ -11,11 +11,13 @@ from modernizer.edit import Edit, Insert
 from modernizer.graph import Graph
 from modernizer.graph.query import SHAPES, is_none, location
 from modernizer.graph.rank import rank
-from modernizer.graph.values import Class, Const, Frame, Function, Module, Node, Value
+from modernizer.graph.values import Const, Frame, Function, Module, Node, Value
 from modernizer.model_map.attention import Attention, Operand
 from modernizer.removal import Removal
 
-SCALAR_OPS = frozenset("config dim shape sqrt pow rsqrt mul div add sub neg floordiv float int getitem attr number".split())
+SCALAR_OPS = frozenset(
+    "config dim shape sqrt pow rsqrt mul div add sub neg floordiv float int getitem attr number".split()
+)
 SHAPE_READS = frozenset("size shape dim device dtype ndim is_cuda ndimension numel new_zeros new_ones type".split())
 MAX_LIFT = 3
 
@@ -107,11 +109,11 @@ def product_anchor(code: Code, contexts: Sequence[Context]) -> Anchor:
     if function is None:
         raise Cannot("this attention stands outside of any function", place(first.attention))
     parts: list[Part] = []
-    for pick in (lambda a: a.query_operand, lambda a: a.key_operand):
-        found = [_operand_expression(code, node, c, pick(c.attention)) for c in contexts]
+    for operands in ([c.attention.query_operand for c in contexts], [c.attention.key_operand for c in contexts]):
+        found = [_operand_expression(code, node, c, o) for c, o in zip(contexts, operands, strict=True)]
         if any(e is not found[0] for e in found) or found[0] is None:
             raise Cannot("which expressions are the query and the key here cannot be told", place(first.attention))
-        operand: Operand = pick(first.attention)
+        operand = operands[0]
         if operand.time_axis is None or operand.feature_axis is None:
             raise Cannot("which axes of query and key are time and features cannot be told", place(first.attention))
         parts.append(Part(found[0], operand.time_axis, operand.feature_axis))
@@ -388,6 +390,3 @@ def _pairs(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             yield first, second
-
-
-__all__ = ["Anchor", "Class", "Code", "Context", "Part", "constructions", "lift", "product_anchor", "told_by_arguments", "unwrap"]

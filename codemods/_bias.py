@@ -108,7 +108,7 @@ def _einsum_heads(context: Attention) -> str:
     axis = out.index(shared[1]) - 4
     rest = [c for c in out if c != shared[1]]
     query, key = (set(first) - set(second)) & set(out), (set(second) - set(first)) & set(out)
-    if not ({rest[-2]}, {rest[-1]}) in ((query, key), (key, query)):
+    if ({rest[-2]}, {rest[-1]}) not in ((query, key), (key, query)):
         raise Cannot("the axes of the einsum's result stand in an order that is not known here", place(context))
     keys = rest[-1]
     if context.softmax_axis is None or out[context.softmax_axis] != keys:
@@ -207,7 +207,9 @@ def _caller_of(module: Module, frame: Frame) -> Frame | None:
 def _per_head(code: Code, parts: Parts, anchor: Anchor, container: Module) -> list[Edit]:
     """Each module of a list gets the bias of its own head, from the class that holds the list."""
     if not all(c.changes for c in anchor.contexts):
-        raise Cannot("heads that are modules of their own serve other sequences too", place(anchor.contexts[0].attention))
+        raise Cannot(
+            "heads that are modules of their own serve other sequences too", place(anchor.contexts[0].attention)
+        )
     while container.template is not None:
         container = container.template
     call, frame, parent = container.call, container.frame, container.owner
@@ -219,12 +221,16 @@ def _per_head(code: Code, parts: Parts, anchor: Anchor, container: Module) -> li
         raise Cannot("what constructs the list of heads cannot be found", place(anchor.contexts[0].attention))
     source = frame.scope.source
     function = frame.function.node if frame.function is not None else None
-    reference, new = Imports(source).reference(parts.component, function if isinstance(function, ast.FunctionDef) else None)
+    reference, new = Imports(source).reference(
+        parts.component, function if isinstance(function, ast.FunctionDef) else None
+    )
     listed = f"{named[0]}.{container.name}"
     loop = f"for index, head in enumerate({listed}):\n    head.{parts.attribute} = {reference}(len({listed}), head=index)\n"
     self_name = code.self_name(anchor.frame)
     assert self_name is not None
-    holder = Replace(anchor.frame.path, anchor.query.expr, f"{self_name[0]}.{parts.attribute}($0)", (anchor.query.expr,))
+    holder = Replace(
+        anchor.frame.path, anchor.query.expr, f"{self_name[0]}.{parts.attribute}($0)", (anchor.query.expr,)
+    )
     edits: list[Edit] = [Insert(frame.path, statement, loop, "after"), holder]
     return [*edits, new] if new is not None else edits
 
@@ -265,7 +271,6 @@ def _written(code: Code, anchor: Anchor, attached: Attached) -> list[Edit]:
 def _handed_in(code: Code, parts: Parts, anchor: Anchor, arguments: str, reason: Cannot) -> list[Edit]:
     """The function of the softmax takes the module as an argument, which its callers pass where it applies."""
     function = anchor.function.node
-    operand = anchor.query.expr
     if not isinstance(function, ast.FunctionDef):
         raise reason
     name = parts.attribute
@@ -306,7 +311,9 @@ def _in_mask(code: Code, parts: Parts, contexts: Sequence[tuple[Attention, bool]
         raise Cannot("SDPA is not called by a plain call here", place(first))
     if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
         raise Cannot("SDPA's arguments cannot be told apart here", place(first))
-    given: dict[str, ast.expr] = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+    given: dict[str, ast.expr] = dict(
+        zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)
+    )
     given.update({k.arg: k.value for k in node.keywords if k.arg})
     query, key = given.get("query"), given.get("key")
     if not (isinstance(query, ast.Name) and isinstance(key, ast.Name)):
@@ -317,7 +324,9 @@ def _in_mask(code: Code, parts: Parts, contexts: Sequence[tuple[Attention, bool]
     arguments = ""
     if ranks != {4}:
         raise Cannot("which axis of query and key are the heads cannot be told", place(first))
-    attached = parts.attach(Anchor(node, first.frame.function, tuple(held), Part(query, -2, -1), Part(key, -2, -1)), arguments)
+    attached = parts.attach(
+        Anchor(node, first.frame.function, tuple(held), Part(query, -2, -1), Part(key, -2, -1)), arguments
+    )
     if attached.optional or attached.test:
         raise Cannot("this SDPA call also serves another sequence", place(first))
     text = f"{attached.text}.attn_mask({query.id}, {key.id}"

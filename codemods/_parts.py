@@ -100,7 +100,9 @@ class Parts:
         self.edits.append(Insert(owner.path, first, line))
         if optional:
             if self.flag in {a.arg for a in ast.walk(init.args) if isinstance(a, ast.arg)}:
-                raise Cannot(f"the constructor has a parameter `{self.flag}` already", owner.scope.source.location(init))
+                raise Cannot(
+                    f"the constructor has a parameter `{self.flag}` already", owner.scope.source.location(init)
+                )
             self.edits.append(AddParameter(owner.path, init, f"{self.flag}=False"))
 
     def _new_constructor(self, owner: Class, line: str, optional: bool) -> None:
@@ -129,7 +131,9 @@ class Parts:
                 frames = self.code.graph.machine.frames
                 ok = any(f.receiver is module and f.function is not None and f.function.node is init for f in frames)
             if not ok:
-                raise Cannot(f"{module.cls.name} does not run the constructor of {owner.name}", place(context.attention))
+                raise Cannot(
+                    f"{module.cls.name} does not run the constructor of {owner.name}", place(context.attention)
+                )
 
     # -- asking for it
 

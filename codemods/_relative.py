@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from codemods._anchors import Code
+from codemods._axes import check_axes
 from codemods._parts import Parts
-from codemods._survey import TORCH_LAYERS, Cannot, Group, Survey, given_names, place, torch_modules
+from codemods._survey import Cannot, Group, Survey, given_names, place, torch_modules
 from codemods._takeout import take_out
 from modernizer.edit import AddArgument, Edit
 from modernizer.graph.query import class_of, is_torch
@@ -83,12 +84,17 @@ def importers(project: Project, path: Path, frame: Frame) -> list[Path]:
 def _plan_group(survey: Survey, group: Group, kind: Kind, made: Plan, named: frozenset[Path]) -> None:
     modern = [c for c in group.changed if survey.is_rotated(c)]
     if modern and len(modern) == len(group.changed):
-        made.modern.append(Modern(group.location, "the attentions that these positions reach have relative ones already"))
+        made.modern.append(
+            Modern(group.location, "the attentions that these positions reach have relative ones already")
+        )
         return
     try:
         if modern:
-            raise Cannot("some of the attentions that these positions reach have relative ones already", place(modern[0]))
+            raise Cannot(
+                "some of the attentions that these positions reach have relative ones already", place(modern[0])
+            )
         survey.check(group)
+        check_axes(survey, group)
         made.upgrades.append(_upgrade(survey, group, kind, named))
     except Cannot as cannot:
         made.refusals.append(Refusal(cannot.at or group.location, cannot.reason, cannot.hint))
@@ -189,8 +195,15 @@ def _check_torch(survey: Survey, context: Attention, module: Module) -> None:
         given = module.args.get(name)
         if given is not None and not (isinstance(given, Const) and not given.value):
             raise Cannot(f"nn.{short} is given `{name}`", place(context))
-    dim, heads = (module.args.get(n) for n in (("embed_dim", "num_heads") if short == DROP_INS[0] else ("d_model", "nhead")))
-    if isinstance(dim, Const) and isinstance(heads, Const) and isinstance(dim.value, int) and isinstance(heads.value, int):
+    dim, heads = (
+        module.args.get(n) for n in (("embed_dim", "num_heads") if short == DROP_INS[0] else ("d_model", "nhead"))
+    )
+    if (
+        isinstance(dim, Const)
+        and isinstance(heads, Const)
+        and isinstance(dim.value, int)
+        and isinstance(heads.value, int)
+    ):
         if heads.value and (dim.value // heads.value) % 2:
             raise Cannot(f"heads of {dim.value // heads.value} features: pairs of features are rotated", place(context))
     unchanged = [
@@ -253,4 +266,4 @@ def _is_wanted(survey: Survey, context: Attention) -> bool:
     return any(survey.reaches(p, context) for site in survey.positions for p in site.contexts)
 
 
-__all__ = ["TORCH_LAYERS", "Kind", "Mapping", "plan", "review"]
+__all__ = ["Kind", "plan", "review"]

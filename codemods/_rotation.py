@@ -5,7 +5,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-from codemods._anchors import MAX_LIFT, Anchor, Code, Context, Part, kept_test, lift, product_anchor, simple_statement, unwrap
+from codemods._anchors import (
+    MAX_LIFT,
+    Anchor,
+    Code,
+    Context,
+    Part,
+    kept_test,
+    lift,
+    product_anchor,
+    simple_statement,
+    unwrap,
+)
 from codemods._parts import Attached, Parts
 from codemods._survey import Cannot, on_the_way, place
 from modernizer.edit import Edit, Insert, Replace
@@ -64,7 +75,7 @@ class _Writer:
         if not (isinstance(query.expr, ast.Name) and isinstance(key.expr, ast.Name)) or query.expr.id == key.expr.id:
             return []
         statement = simple_statement(self.code, self.anchor)
-        if statement is None or not all(self._may_rebind(p.expr, statement) for p in (query, key)):
+        if statement is None or not all(self._may_rebind(name, statement) for name in (query.expr, key.expr)):
             return []
         q, k = query.expr.id, key.expr.id
         if self.past:

@@ -8,20 +8,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from modernizer.graph.query import SHAPES, VIEWS, ancestors, inputs, is_none, is_torch, location, strip_views, users
-from modernizer.graph.values import Const, Frame, Many, Module, Node, Value, flatten
+from modernizer.graph.values import Const, Frame, Module, Node, Value, flatten
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention, AttentionSite
 from modernizer.model_map.position import COMPARISONS, WAVES, Contents, Position, PositionSite, content_inputs
 from modernizer.rule import Refusal
 from modernizer.source import Location
 
-TORCH_LAYERS = frozenset("torch_encoder_layer torch_decoder_layer torch_encoder torch_decoder torch_transformer".split())
+TORCH_LAYERS = frozenset(
+    "torch_encoder_layer torch_decoder_layer torch_encoder torch_decoder torch_transformer".split()
+)
 WITH_MEMORY = frozenset({"torch_decoder_layer", "torch_decoder"})
 PRODUCTS = frozenset("matmul einsum baddbmm".split())
 # Where a token is chosen, its scores' history ends.
 CHOICES = frozenset("argmax multinomial topk sort max".split())
 # Modules of other packages that treat every step alike.
-HARMLESS = frozenset("DropPath StochasticDepth LayerNorm FusedLayerNorm RMSNorm Dropout Identity Swish GELU ReLU".split())
+HARMLESS = frozenset(
+    "DropPath StochasticDepth LayerNorm FusedLayerNorm RMSNorm Dropout Identity Swish GELU ReLU".split()
+)
 CARRIED = frozenset("mul div add sub neg cat stack where masked_fill setitem rotary to float type_as view_as_complex"
                     " view_as_real".split())  # fmt: skip
 
@@ -108,7 +112,8 @@ class Survey:
         reach = self.reach[id(position)]
         if context.form == "torch_layer":
             return self._enters(reach, context.query) or (
-                context.scores.op == "torch_transformer" and any(self._enters(reach, a) for a in context.scores.args[:2])
+                context.scores.op == "torch_transformer"
+                and any(self._enters(reach, a) for a in context.scores.args[:2])
             )
         query, key = self._enters(reach, context.query), self._enters(reach, context.key)
         return (query or key) if context.kind == "self" else (query and key)
@@ -184,7 +189,12 @@ class Survey:
             asked = strip_views(node.args[0])
             sums = [u for u in users(node) if u.op == "add" and u.node is not None]
             others = {id(strip_views(a)) for u in sums for a in inputs(u) if a is not node}
-            if isinstance(asked, Node) and asked.op == "input" and len({id(u.node) for u in sums}) > 1 and len(others) > 1:
+            if (
+                isinstance(asked, Node)
+                and asked.op == "input"
+                and len({id(u.node) for u in sums}) > 1
+                and len(others) > 1
+            ):
                 found[node.node] = Refusal(
                     location(node.node, node.frame),
                     "numbers that the caller passes are embedded and added to several streams that share a sequence: they"
@@ -214,7 +224,9 @@ class Survey:
             if step.kind in ("add", "sub") and isinstance(step.operand, Node) and self._is_bias(step.operand):
                 return step.node
         if context.form == "sdpa":
-            mask = context.scores.kwargs.get("attn_mask", context.scores.args[3] if len(context.scores.args) > 3 else None)
+            mask = context.scores.kwargs.get(
+                "attn_mask", context.scores.args[3] if len(context.scores.args) > 3 else None
+            )
             if isinstance(mask, Node) and any(_asks_alibi(n) for n in ancestors(mask).values()):
                 return mask
             if isinstance(mask, Node) and self._is_bias(mask):
@@ -229,7 +241,9 @@ class Survey:
         if not self.contents.is_free(value):
             return False
         learned = any(n.op == "parameter" or (n.op == "embedding" and n.module is not None) for n in found.values())
-        return learned or (self.contents.kind(value) != "" and not any(n.op in ("tril", "triu") for n in found.values()))
+        return learned or (
+            self.contents.kind(value) != "" and not any(n.op in ("tril", "triu") for n in found.values())
+        )
 
     def check(self, group: Group) -> None:
         """Raises Cannot where a group must stay as it is."""
@@ -275,7 +289,9 @@ class Survey:
 
     def _check_position(self, position: Position) -> None:
         for given in position.given:
-            if not any(n.op == "merge" and given in n.args for n in users(given)) and not self._is_asked_for_none(given):
+            if not any(n.op == "merge" and given in n.args for n in users(given)) and not self._is_asked_for_none(
+                given
+            ):
                 raise Cannot(
                     f"the positions depend on the argument `{given.name}`, and what replaces them would not",
                     place(position), "compute positions from the length alone",
@@ -324,7 +340,12 @@ class Survey:
         if node.op != "cat" or len(node.args) < 2 or not isinstance(node.args[1], Const) or node.args[1].value != -1:
             return
         for part in flatten(node.args[0]):
-            if isinstance(part, Node) and id(part) not in reach and self.contents.is_free(part) and self.contents.kind(part):
+            if (
+                isinstance(part, Node)
+                and id(part) not in reach
+                and self.contents.is_free(part)
+                and self.contents.kind(part)
+            ):
                 raise Cannot("positions are also concatenated to the features here", place(node))
 
 
@@ -359,7 +380,11 @@ def on_the_way(value: Value, projections: Sequence[Node]) -> Iterator[Node]:
             continue
         seen.add(id(node))
         yield node
-        if node.op in CARRIED or node.op in VIEWS or node.op in ("merge", "einsum", "opaque", "layer_norm", "rms_norm", "item"):
+        if (
+            node.op in CARRIED
+            or node.op in VIEWS
+            or node.op in ("merge", "einsum", "opaque", "layer_norm", "rms_norm", "item")
+        ):
             todo.extend(inputs(node))
 
 
@@ -441,4 +466,4 @@ def given_names(group: Group) -> list[str]:
     return sorted({given.name for position in group.removed for given in position.given})
 
 
-__all__ = ["Cannot", "Group", "Survey", "ast", "given_names", "Many", "place", "torch_modules"]
+__all__ = ["Cannot", "Group", "Survey", "given_names", "on_the_way", "place", "torch_modules"]

@@ -79,7 +79,9 @@ def _calls_function(removal: Removal, call: ast.Call, frame: Frame) -> bool:
             function = getattr(value, "function", None)
             if receiver is frame.receiver or function is frame.function or value is frame.function:
                 return True
-            if frame.receiver is None and getattr(value, "node", None) is (frame.function.node if frame.function else 0):
+            if frame.receiver is None and getattr(value, "node", None) is (
+                frame.function.node if frame.function else 0
+            ):
                 return True
     return False
 
@@ -102,7 +104,7 @@ def _argument_of(call: ast.Call, frame: Frame, parameter: str) -> ast.expr | Non
             return keyword.value
     if parameter in names and names.index(parameter) < len(call.args):
         before = call.args[: names.index(parameter) + 1]
-        others = [a for a in [*call.args, *(k.value for k in call.keywords)]]
+        others = [*call.args, *(k.value for k in call.keywords)]
         if not any(isinstance(a, ast.Starred) for a in before) and all(is_pure(a) for a in others):
             return before[-1]
     return None
@@ -176,7 +178,11 @@ def _check_learned(removal: Removal, group: Group) -> None:
     for position in group.removed:
         for table in _tables(position.term):
             for reader, frame in removal.graph.machine.reads.get(id(table), ()):
-                if isinstance(reader, ast.Attribute) and isinstance(reader.ctx, ast.Load) and not removal.is_gone(reader):
+                if (
+                    isinstance(reader, ast.Attribute)
+                    and isinstance(reader.ctx, ast.Load)
+                    and not removal.is_gone(reader)
+                ):
                     raise Cannot(
                         f"the positions are learned, and their table `{reader.attr}` is read for something else too",
                         location(reader, frame), "give the other use a table of its own",

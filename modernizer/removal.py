@@ -16,7 +16,7 @@ from pathlib import Path
 
 from modernizer.edit import Delete, Edit, Replace
 from modernizer.graph import Graph
-from modernizer.graph.values import Class, Const, Module, Node, Object
+from modernizer.graph.values import Class, Module, Node, Object
 from modernizer.project import Project, python_files
 from modernizer.source import Location
 
@@ -87,9 +87,8 @@ class Removal:
         while current is not None:
             if current in self.dropped:
                 return True
-            if current in self.replaced:
-                if not holes & set(self.replaced[current][1]):
-                    return True
+            if current in self.replaced and not holes & set(self.replaced[current][1]):
+                return True
             holes.add(current)
             current = self.parent(current)
         return False
@@ -228,7 +227,9 @@ class Removal:
             if not isinstance(receiver, Object) or receiver.cls is None:
                 continue
             held = receiver.attributes.get(node.attr)
-            if isinstance(held, Module) or (isinstance(held, Node) and held.op not in ("config", "input", "unknown", "attr")):
+            if isinstance(held, Module) or (
+                isinstance(held, Node) and held.op not in ("config", "input", "unknown", "attr")
+            ):
                 found |= {c.node for c in receiver.cls.mro if isinstance(c, Class)}
         return frozenset(found)
 
@@ -393,9 +394,9 @@ class Removal:
         found: list[ast.AST] = []
         for tree in self._trees.values():
             for node in ast.walk(tree):
-                if isinstance(node, ast.Attribute) and node.attr == entity.name and self._belongs(node, entity):
-                    found.append(node)
-                elif isinstance(node, ast.Call) and self._names_attribute(node, entity):
+                if (isinstance(node, ast.Attribute) and node.attr == entity.name and self._belongs(node, entity)) or (
+                    isinstance(node, ast.Call) and self._names_attribute(node, entity)
+                ):
                     found.append(node)
         return found
 
@@ -403,7 +404,11 @@ class Removal:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in ("register_buffer", "register_parameter"):
             key = node.args[0] if node.args else None
-            return isinstance(key, ast.Constant) and key.value == entity.name and self._registers(node, entity.name, {entity})
+            return (
+                isinstance(key, ast.Constant)
+                and key.value == entity.name
+                and self._registers(node, entity.name, {entity})
+            )
         if name in ("getattr", "hasattr", "delattr") and len(node.args) >= 2:
             key = node.args[1]
             return isinstance(key, ast.Constant) and key.value == entity.name
@@ -474,11 +479,17 @@ class Removal:
                 if statement not in self.dropped and not self._is_read(path, name, statement):
                     self.drop(statement)
             elif isinstance(statement, ast.Assign) and [getattr(t, "id", "") for t in statement.targets] == [name]:
-                if statement not in self.dropped and is_pure(statement.value) and not self._is_read(path, name, statement):
+                if (
+                    statement not in self.dropped
+                    and is_pure(statement.value)
+                    and not self._is_read(path, name, statement)
+                ):
                     self.drop(statement)
             elif isinstance(statement, ast.Import | ast.ImportFrom):
                 for alias in statement.names:
-                    bound = alias.asname or (alias.name.split(".")[0] if isinstance(statement, ast.Import) else alias.name)
+                    bound = alias.asname or (
+                        alias.name.split(".")[0] if isinstance(statement, ast.Import) else alias.name
+                    )
                     if bound == name and alias not in self.dropped and not self._is_read(path, name, statement):
                         self.drop(alias)
 
@@ -510,7 +521,9 @@ class Removal:
     def _is_named_elsewhere(self, path: Path, name: str) -> bool:
         """Whether a file that was not read both names something and names the file it is in."""
         word, module = re.compile(rf"\b{re.escape(name)}\b"), re.compile(rf"\b{re.escape(path.stem)}\b")
-        return any(word.search(text) and (module.search(text) or path.name == "__init__.py") for text in self._unread_texts)
+        return any(
+            word.search(text) and (module.search(text) or path.name == "__init__.py") for text in self._unread_texts
+        )
 
     @cached_property
     def _unread_texts(self) -> list[str]:
@@ -533,7 +546,11 @@ class Removal:
         definitions: list[ast.FunctionDef] = []
         for path, tree in self._trees.items():
             for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef) and node.name == name and isinstance(self.parent(node), ast.ClassDef):
+                if (
+                    isinstance(node, ast.FunctionDef)
+                    and node.name == name
+                    and isinstance(self.parent(node), ast.ClassDef)
+                ):
                     definitions.append(node)
                     if path not in self.named:
                         return
@@ -585,9 +602,6 @@ def is_pure(node: ast.expr) -> bool:
             return False
         if isinstance(part, ast.Call):
             name = part.func.attr if isinstance(part.func, ast.Attribute) else getattr(part.func, "id", "")
-            if name in SIDE_EFFECTS or (isinstance(part.func, ast.Attribute) and name in CHANGING and len(part.args) == 1):
-                return name in ("add", "update") and not isinstance(part.func, ast.Attribute)
+            if name in SIDE_EFFECTS or (isinstance(part.func, ast.Attribute) and name in CHANGING):
+                return False
     return True
-
-
-__all__ = ["Attribute", "Const", "Local", "Removal"]

@@ -14,7 +14,9 @@ from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
 RANGES = frozenset("arange linspace range cumsum".split())
 WAVES = frozenset("sin cos polar".split())
 # What is true or false of data: a mask made of them is not their content.
-COMPARISONS = frozenset("eq ne noteq lt lte le gt gte ge isnan isin logical_not logical_and logical_or invert not".split())
+COMPARISONS = frozenset(
+    "eq ne noteq lt lte le gt gte ge isnan isin logical_not logical_and logical_or invert not".split()
+)
 NOISE = frozenset("rand randn randint rand_like randn_like normal bernoulli multinomial randperm uniform".split())
 PRODUCTS = frozenset("matmul einsum baddbmm scaled_dot_product_attention".split())
 ADDS = frozenset({"add"})
@@ -137,9 +139,8 @@ class Contents:
                 found["learned"] = True
             elif node.op in ("tril", "triu", "masked_fill"):
                 found["mask"] = True
-            elif node.op == "slice" or node.op == "setitem":
-                if node.op == "setitem":
-                    found["table"] = True
+            elif (node.op == "slice" or node.op == "setitem") and node.op == "setitem":
+                found["table"] = True
             todo.extend(inputs(node) if node.op == "parameter" else content_inputs(node))
         if found["mask"] and not found["wave"]:
             return ""
@@ -152,7 +153,13 @@ class Contents:
 
 def content_inputs(node: Node) -> list[Node]:
     """The data that the content of a datum is made of, not those that only say its size, type or device."""
-    if node.op in SHAPES or node.op in LIKE or node.op in ASKS or node.op == "parameter" or (node.op == "attr" and node.name in KINDS):
+    if (
+        node.op in SHAPES
+        or node.op in LIKE
+        or node.op in ASKS
+        or node.op == "parameter"
+        or (node.op == "attr" and node.name in KINDS)
+    ):
         return []
     if node.op in AS_OTHER:
         return [leaf for leaf in flatten(node.args[0]) if isinstance(leaf, Node)] if node.args else []
@@ -167,9 +174,19 @@ def is_table(parameter: Node) -> bool:
 def _long_axes(parameter: Node) -> list[Value]:
     """The sizes other than one of a parameter, as its initial value states them; none where it does not."""
     made = strip_views(parameter.args[0]) if parameter.args else None
-    while isinstance(made, Node) and made.op in ("mul", "div", "trunc_normal", "normal", "uniform", "neg") and made.args:
+    while (
+        isinstance(made, Node) and made.op in ("mul", "div", "trunc_normal", "normal", "uniform", "neg") and made.args
+    ):
         made = next((strip_views(a) for a in made.args if isinstance(a, Node)), None)
-    if not isinstance(made, Node) or made.op not in ("zeros", "randn", "rand", "empty", "ones", "Tensor", "FloatTensor"):
+    if not isinstance(made, Node) or made.op not in (
+        "zeros",
+        "randn",
+        "rand",
+        "empty",
+        "ones",
+        "Tensor",
+        "FloatTensor",
+    ):
         return []
     sizes: list[Value] = list(made.args)
     if len(sizes) == 1 and isinstance(sizes[0], Many):
@@ -180,7 +197,16 @@ def _long_axes(parameter: Node) -> list[Value]:
 def _counts_kept(node: Node) -> bool:
     """Whether a running sum counts the tokens that are no padding: positions. One of separators counts segments."""
     counted = through(node.args[0], VIEWS | CASTS) if node.args else None
-    return isinstance(counted, Node) and counted.op in ("ne", "noteq", "input", "logical_not", "invert", "ones", "ones_like", "fill")
+    return isinstance(counted, Node) and counted.op in (
+        "ne",
+        "noteq",
+        "input",
+        "logical_not",
+        "invert",
+        "ones",
+        "ones_like",
+        "fill",
+    )
 
 
 def _fills_parameter(node: Node) -> bool:
@@ -216,7 +242,9 @@ def find_positions(graph: Graph) -> Sequence[PositionSite]:
             found = _position(contents, node)
             if found is not None:
                 sites[node.node].append(found)
-    ordered = sorted(sites, key=lambda n: (str(sites[n][0].frame.path), getattr(n, "lineno", 0), getattr(n, "col_offset", 0)))
+    ordered = sorted(
+        sites, key=lambda n: (str(sites[n][0].frame.path), getattr(n, "lineno", 0), getattr(n, "col_offset", 0))
+    )
     return [PositionSite(node, sites[node][0].frame, tuple(sites[node])) for node in ordered]
 
 
