@@ -9,8 +9,8 @@ from modernizer.source import SourceError, SourceFile
 
 # Never looked for beside the user's files, even where a folder of that name lies there.
 EXTERNAL = frozenset(
-    "torch modernizer numpy math einops typing typing_extensions collections functools copy itertools os sys dataclasses abc"
-    " warnings random json re time enum operator logging tqdm scipy pandas torchvision torchtext torchaudio".split()
+    "torch modernizer numpy math einops typing typing_extensions collections functools copy itertools os sys"
+    " dataclasses abc warnings random json re time enum operator logging tqdm scipy pandas torchvision torchtext torchaudio".split()
 )
 SKIPPED_FOLDERS = frozenset(
     {".git", ".venv", "venv", "__pycache__", "node_modules", "build", "dist", ".eggs", "site-packages"}
@@ -91,13 +91,21 @@ class Project:
             return _module_file(importer.parents[level - 1], parts) if level <= len(importer.parents) else None
         if not parts or parts[0] in EXTERNAL:
             return None
-        for folder in list(importer.parents)[:LEVELS_UP]:
+        for folder in _import_roots(importer):
             if folder.name in ("site-packages", "dist-packages") and parts[0] != _package_of(importer, folder):
                 return None
             found = _module_file(folder, parts)
             if found is not None and found != importer:
                 return found
         return None
+
+
+def _import_roots(importer: Path) -> list[Path]:
+    """The folders that an absolute import may start from, likeliest first: a file inside a package is imported from
+    beside the package, so its own siblings come last."""
+    folders = list(importer.parents)[:LEVELS_UP]
+    inside = [folder for folder in folders if (folder / "__init__.py").is_file()]
+    return [folder for folder in folders if folder not in inside] + inside
 
 
 def _package_of(importer: Path, folder: Path) -> str:

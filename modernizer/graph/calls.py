@@ -96,7 +96,8 @@ def invoke(
     if isinstance(callee, Partial):
         return invoke(m, frame, node, callee.function, [*callee.args, *args], {**callee.kwargs, **kwargs})
     if isinstance(callee, Function):
-        return enter(m, frame, node, callee, args, kwargs, None)
+        unbound = callee.owner is not None and bool(args) and isinstance(args[0], Object)  # Base.method(self)
+        return enter(m, frame, node, callee, args, kwargs, args[0] if unbound else None)
     if isinstance(callee, Method):
         return _method(m, frame, node, callee, args, kwargs)
     if isinstance(callee, Class):
@@ -488,6 +489,9 @@ def _external(
     special = builtin_calls.FUNCTIONS.get(dotted)
     if special is not None:
         return special(m, frame, node, args, kwargs)
+    base, _, method = dotted.rpartition(".")
+    if args and isinstance(args[0], Module) and args[0].torch_name == base:  # nn.Module.__init__(self)
+        return builtin_calls.module_method(m, frame, node, args[0], method, args[1:], kwargs)
     if dotted.startswith(RANDOM_WEIGHT_FILLERS):
         return m.node("opaque", args, node, frame, kwargs, name=dotted)
     if dotted.startswith("torch.nn.") and dotted.count(".") == 2:

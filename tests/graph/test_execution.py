@@ -322,7 +322,9 @@ def test_lists_join_and_unpack(tmp_path: Path) -> None:
 
 
 def test_a_list_that_is_also_handed_in_may_hold_what_was_handed_in(tmp_path: Path) -> None:
-    text = model("if past is None:\n    past = [None] * 2\nfor p in past:\n    if p is not None:\n        x = x + p\nreturn x")
+    text = model(
+        "if past is None:\n    past = [None] * 2\nfor p in past:\n    if p is not None:\n        x = x + p\nreturn x"
+    )
     text = text.replace("def forward(self, x", "def forward(self, x, past=None", 1)
     graph = graph_of(tmp_path, m=text)
     assert "add" in ops(graph)
@@ -341,3 +343,25 @@ def test_several_names_bound_at_once_at_the_top_of_a_file(tmp_path: Path) -> Non
     text = model("return (x, WIDTH, HEADS)", head="WIDTH, HEADS = 8, 2\n")
     value = returned(graph_of(tmp_path, m=text))
     assert isinstance(value, Many) and [v.value for v in value.items if isinstance(v, Const)] == [8, 2]
+
+
+def test_a_base_class_initialised_by_name(tmp_path: Path) -> None:
+    text = HEAD + (
+        "class Base(nn.Module):\n    def __init__(self, d):\n        super().__init__()\n"
+        "        self.f = nn.Linear(d, d)\n\n"
+        "class Model(Base):\n    def __init__(self):\n        nn.Module.__init__(self)\n        Base.__init__(self, 4)\n\n"
+        "    def forward(self, x):\n        return self.f(x)\n"
+    )
+    graph = graph_of(tmp_path, m=text)
+    assert ops(graph, "linear") == ["linear"]
+    assert not [n for n in graph.machine.nodes if n.op in ("opaque", "unknown")]
+
+
+def test_a_module_of_the_package_s_own_name_is_not_the_package(tmp_path: Path) -> None:
+    parts = HEAD + "class Part(nn.Module):\n    def forward(self, x):\n        return torch.tanh(x)\n"
+    main = HEAD + (
+        "from model import parts\n\nclass Model(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.part = parts.Part()\n\n    def forward(self, x):\n        return self.part(x)\n"
+    )
+    graph = graph_of(tmp_path, model____init__="", model__parts=parts, model__model=main)
+    assert ops(graph, "tanh") == ["tanh"]
