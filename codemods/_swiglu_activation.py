@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from codemods._swiglu_branches import is_unconditional, stores, unreached_reads
 from codemods._swiglu_places import Refused, Uses
 from modernizer.edit import Edit, Replace
-from modernizer.graph.query import IDENTITY, alternatives, base, origin
+from modernizer.graph.query import IDENTITY, alternatives, ancestors, base, origin
 from modernizer.graph.values import Class, External, Frame, Function, Method, Module, Node, Partial, Value
 from modernizer.model_map.feed_forward import FeedForward
 
@@ -26,10 +26,14 @@ class ActivationSite:
     is_formula: bool = False  # no call of its own: arithmetic in the feed-forward's own code
 
 
-def find_activation(made: FeedForward) -> ActivationSite:
-    """Where the activation of a feed-forward is written. Raises Refused where it is not in one place."""
+def find_activations(made: FeedForward) -> list[ActivationSite]:
+    """Where the activation of a feed-forward is written, one place for each branch that has its own.
+
+    Raises Refused where it takes several steps.
+    """
     around = {id(f) for end in (made.first.frame, made.second.frame) for f in end.outward()}
-    sites: dict[ast.AST, ActivationSite] = {}
+    sites: dict[ast.expr, ActivationSite] = {}
+    place_of: dict[int, ast.expr] = {}
     steps = _steps(made)
     helpers: set[int] = set()
     for node in steps:
@@ -42,6 +46,7 @@ def find_activation(made: FeedForward) -> ActivationSite:
             frame = frame.caller
         if not isinstance(syntax, ast.expr):
             raise Refused("its activation is computed out of sight")
+        place_of[id(node)] = syntax
         site = sites.setdefault(syntax, ActivationSite(syntax, frame))
         called = entered.receiver if entered is not None and _is_forward(entered) else node.module
         if isinstance(called, Module) and called not in site.modules and (entered is None or _is_forward(entered)):
@@ -49,12 +54,18 @@ def find_activation(made: FeedForward) -> ActivationSite:
         site.is_formula = site.is_formula or (entered is None and not isinstance(syntax, ast.Call))
     if any(n.op == "dropout" and any(id(f) in helpers for f in n.frame.outward()) for n in made.nodes):
         raise Refused("its activation and a dropout are one function", "apply the dropout outside of it")
-    if len(sites) == 1:
-        return next(iter(sites.values()))
     top = base(made.activated)
+    options = [base(option) for option in alternatives(top)]
+    if len(sites) == 1 or all(len(_places(option, place_of)) == 1 for option in options):
+        return list(sites.values())
     if isinstance(top, Node) and isinstance(top.node, ast.expr) and all(s in ast.walk(top.node) for s in sites):
-        return ActivationSite(top.node, top.frame, is_formula=True)
+        return [ActivationSite(top.node, top.frame, is_formula=True)]
     raise Refused("its activation is computed in several steps", "put it into one function")
+
+
+def _places(option: Value, place_of: dict[int, ast.expr]) -> set[ast.expr]:
+    """Where the steps are written that lead to one of the alternatives."""
+    return {place_of[i] for i in ancestors(option) if i in place_of}
 
 
 def _is_forward(frame: Frame) -> bool:
@@ -166,11 +177,15 @@ class ActivationEdits:
         for container in self._containers(site):
             if isinstance(container.call, ast.Call) and container.frame is not None:
                 for part in ast.walk(container.call):
-                    if part is not container.call and isinstance(part, ast.expr) and any(
-                        option is m
-                        for v in self.uses.values(part, container.frame)
-                        for option in alternatives(v)
-                        for m in map(origin, site.modules)
+                    if (
+                        part is not container.call
+                        and isinstance(part, ast.expr)
+                        and any(
+                            option is m
+                            for v in self.uses.values(part, container.frame)
+                            for option in alternatives(v)
+                            for m in map(origin, site.modules)
+                        )
                     ):
                         found.setdefault(part, container.frame)
                         break

@@ -11,7 +11,7 @@ from pathlib import Path
 from modernizer.graph.machine import Machine
 from modernizer.graph.query import base, inputs, origin, users
 from modernizer.graph.torch_api import SIGNATURES
-from modernizer.graph.values import Class, External, Frame, Function, Module, Node, Value
+from modernizer.graph.values import Class, External, Frame, Function, Method, Module, Node, Value
 from modernizer.model_map.feed_forward import CROSSINGS, FeedForward, FeedForwards
 
 SIZE_ATTRIBUTES = frozenset({"in_features", "out_features", "in_channels", "out_channels"})
@@ -44,15 +44,11 @@ class Place:
 class Uses:
     """What the modules of a program are used for: which role each of their calls plays in which feed-forward."""
 
-    def __init__(self, found: FeedForwards, eligible: Sequence[FeedForward]) -> None:
+    def __init__(self, found: FeedForwards) -> None:
         self.machine: Machine = found.graph.machine
         self.projections = found.projections
         self.roles: dict[int, str] = {}  # by the projection's result
         self.activated: set[int] = set()  # what lies inside the feed-forwards
-        for made in eligible:
-            self.roles[id(made.first.value)] = "first"
-            self.roles[id(made.second.value)] = "second"
-            self.activated.update(id(node) for node in made.nodes)
         self.modules_at: dict[ast.AST, list[Module]] = defaultdict(list)
         for module in self.machine.modules:
             if module.call is not None:
@@ -70,6 +66,14 @@ class Uses:
             if isinstance(syntax, ast.Attribute) and syntax.attr in SIZE_ATTRIBUTES:
                 for _, value in self.machine.at[syntax.value]:
                     self.size_reads[id(value)].append(syntax)
+
+    def assign(self, eligible: Sequence[FeedForward]) -> None:
+        """Says which feed-forwards are to be changed."""
+        self.roles = {id(made.first.value): "first" for made in eligible}
+        for made in eligible:
+            both = id(made.second.value) in self.roles  # the first projection of the next one
+            self.roles[id(made.second.value)] = "both" if both else "second"
+        self.activated = {id(node) for made in eligible for node in made.nodes}
 
     def values(self, syntax: ast.AST, frame: Frame | None = None) -> list[Value]:
         """What an expression was evaluated to, in one frame or in all."""
@@ -141,7 +145,7 @@ class Uses:
 
     def _is_direct(self, call: ast.Call) -> bool:
         """Whether a call names the class or function that it calls."""
-        return all(isinstance(v, External | Class | Function) for v in self.values(call.func))
+        return all(isinstance(v, External | Class | Function | Method) for v in self.values(call.func))
 
     def _hands_down(self, frame: Frame, module: Module, name: str) -> bool:
         """Whether a function is nothing but a way to make the module: it returns it, or is the constructor of a class

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from codemods._swiglu_activation import Reference
+from codemods._swiglu_branches import unreached_reads
 from codemods._swiglu_places import Refused, Uses
 from modernizer.edit import AddArgument, Delete, Edit, Replace
 from modernizer.graph.query import alternatives, is_none
@@ -15,6 +16,7 @@ from modernizer.graph.torch_api import MODULE_OPS, function_operation
 from modernizer.graph.values import Class, Const, External, Frame, Module, Node, Value
 from modernizer.model_map.activation import RELU_FAMILY
 from modernizer.model_map.feed_forward import FeedForward
+from modernizer.source import SourceFile
 
 LAYERS = ("torch.nn.TransformerEncoderLayer", "torch.nn.TransformerDecoderLayer")
 STACK = "torch.nn.Transformer"
@@ -54,7 +56,7 @@ def torch_layers(uses: Uses) -> Iterator[TorchLayers]:
         if module.torch_name not in (*LAYERS, STACK) or not isinstance(module.call, ast.Call) or module.frame is None:
             continue
         if module.cls is not None:
-            if module.cls.torch_base() in LAYERS and _has_torchs_feed_forward(module):
+            if module.cls.torch_base() in LAYERS and all(name in module.attributes for name in PARTS):
                 made = TorchLayers([], module.call, module.frame, module.cls)
                 subclasses.setdefault(module.cls.node, made).modules.append(module)
         elif module.torch_name != STACK or not _brings_its_own_layers(module):
@@ -67,19 +69,32 @@ def _brings_its_own_layers(stack: Module) -> bool:
     return all(not is_none(stack.args.get(f"custom_{part}", Const(None))) for part in ("encoder", "decoder"))
 
 
-def _has_torchs_feed_forward(module: Module) -> bool:
-    assert module.cls is not None
-    own = [c for c in module.cls.mro if isinstance(c, Class)]
-    return not any("_ff_block" in c.members for c in own) and all(name in module.attributes for name in PARTS)
+def _reached_parts(source: SourceFile) -> Iterator[ast.Attribute]:
+    """`layer.linear1` for any layer but `self`, unless it is only to fill a weight."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("linear1", "linear2"):
+            parent = source.parents.get(node)
+            of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+            fills = isinstance(parent, ast.Attribute) and parent.attr in ("weight", "bias")
+            if not of_self and not fills:
+                yield node
 
 
 class TorchEdits:
     """Makes torch's layers gated ones of ours."""
 
-    def __init__(self, uses: Uses, found: Sequence[FeedForward], reference: Reference, keep_hidden: bool) -> None:
+    def __init__(
+        self,
+        uses: Uses,
+        found: Sequence[FeedForward],
+        sources: Sequence[SourceFile],
+        reference: Reference,
+        keep_hidden: bool,
+    ) -> None:
         self.uses = uses
         self.reference = reference
         self.keep_hidden = keep_hidden
+        self.reaching = [node for source in sources for node in _reached_parts(source)]
         self.by_layer: dict[int, list[FeedForward]] = defaultdict(list)
         for made in found:
             layer = made.first.module.owner
@@ -88,6 +103,8 @@ class TorchEdits:
 
     def edits(self, layers: TorchLayers) -> list[Edit]:
         """The edits for one call or class; raises Refused where there is no safe one."""
+        for syntax in self.reaching:
+            raise Refused(f"line {syntax.lineno} of the project's code reaches for `{syntax.attr}` of some layer")
         for layer in layers.modules:
             self._check_activation(layer)
             self._check_parts(layer)
@@ -121,6 +138,10 @@ class TorchEdits:
         cls = layers.cls
         assert cls is not None
         what = f"{cls.name}, a subclass of nn.{layers.name},"
+        if "_ff_block" in cls.members:
+            raise Refused(f"{what} has a feed-forward of its own", "gate it by hand, and size its linear layers there")
+        if any(unreached_reads(self.uses, cls, name) for name in PARTS):
+            raise Refused(f"{what} uses its parts in code that the project does not reach")
         if sum(isinstance(c, Class) for c in cls.mro) > 1:
             raise Refused(f"{what} has further base classes of the project")
         bases = [b for b in cls.node.bases if self._is_torchs(b, layers)]
@@ -190,6 +211,8 @@ class TorchEdits:
             part = layer.attributes.get(name)
             if not isinstance(part, Module) or part.call is not layer.call or part.cls is not None:
                 raise Refused(f"`{name}` of torch's layer is replaced by another")
+            if self.uses.size_reads.get(id(part)):
+                raise Refused(f"the width of `{name}` of torch's layer is read elsewhere")
             if any(id(v) not in used for v in self.uses.results.get(id(part), ())):
                 raise Refused(f"`{name}` of torch's layer is called outside of its feed-forward")
         for read in self._reads_of_activation(layer):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from codemods._swiglu_activation import ActivationEdits, ActivationSite, find_activation
+from codemods._swiglu_activation import ActivationEdits, ActivationSite, find_activations
 from codemods._swiglu_branches import check_branches, check_reached
 from codemods._swiglu_places import Place, Refused, Uses
 from codemods._swiglu_torch import TorchEdits, torch_layers
@@ -20,7 +21,7 @@ from modernizer.imports import Imports
 from modernizer.model_map import ModelMap
 from modernizer.model_map.activation import RELU_FAMILY
 from modernizer.model_map.attention import TORCH_LAYERS
-from modernizer.model_map.feed_forward import CROSSINGS, FeedForward
+from modernizer.model_map.feed_forward import CHOSEN, CROSSINGS, UNKNOWN, FeedForward
 from modernizer.model_map.projection import Projection, torch_layer_of
 from modernizer.project import Project
 from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
@@ -28,7 +29,7 @@ from modernizer.source import Location
 
 PACKAGE = "modernizer.components."
 HARMLESS_ATTRIBUTES = frozenset({"device", "dtype", "requires_grad", "is_cuda", "training"})
-OTHER_NAMES = RELU_FAMILY | {"silu", "tanh", "sigmoid", "mish", "softplus", "relu6"}
+OTHER_NAMES = RELU_FAMILY | {CHOSEN, "silu", "tanh", "sigmoid", "mish", "softplus", "relu6"}
 RETRAIN = "the trained weights of these layers do not fit: train anew, or warm up from the others"
 
 
@@ -71,6 +72,15 @@ def _location(made: FeedForward) -> Location:
     return location(made.first.value.node, made.first.frame)
 
 
+@contextmanager
+def _refusing(group: _Group) -> Iterator[None]:
+    """Keeps why a group is refused."""
+    try:
+        yield
+    except Refused as refused:
+        group.refusal = refused
+
+
 class _Planner:
     def __init__(self, model: ModelMap, keep_hidden: bool) -> None:
         self.project = model.project
@@ -79,7 +89,7 @@ class _Planner:
         own = [f for f in self.found if torch_layer_of(f.first.module) is None]
         self.counted = [f for f in own if f.counts]
         self.legacy = [f for f in self.counted if f.is_legacy]
-        self.uses = Uses(self.found, self.legacy)
+        self.uses = Uses(self.found)
         self.references: dict[object, Imports] = {}
 
     def plan(self) -> Plan:
@@ -98,25 +108,35 @@ class _Planner:
     # -- hand-written feed-forwards
 
     def _groups(self) -> list[_Group]:
+        """The hand-written feed-forwards, those that share code together. What is refused no longer counts as one for
+        the others: code that it shares with them cannot be changed then."""
         by_site: dict[tuple[object, object], _Group] = {}
-        sites: dict[int, ActivationSite] = {}
         for made in self.legacy:
             group = by_site.setdefault((made.first.module.call, made.second.module.call), _Group())
             group.members.append(made)
-            try:
-                sites[id(made)] = find_activation(made)
-            except Refused as refused:
-                group.refusal = group.refusal or refused
-        activations = ActivationEdits(self.uses, list(sites.values()), self.reference)
-        for group in by_site.values():
-            for made in group.members if group.refusal is None else ():
-                try:
+        groups = list(by_site.values())
+        while True:
+            sound = [group for group in groups if group.refusal is None]
+            self.uses.assign([made for group in sound for made in group.members])
+            self._edit(sound)
+            if all(group.refusal is None for group in sound):
+                return _joined(groups, self.project)
+
+    def _edit(self, groups: Sequence[_Group]) -> None:
+        sites: dict[int, list[ActivationSite]] = {}
+        for group in groups:
+            group.edits = []
+            with _refusing(group):
+                for made in group.members:
                     self._check(made)
-                    if id(made) in sites:
-                        group.edits += [*self._widths(made), *activations.edits(sites[id(made)], made)]
-                except Refused as refused:
-                    group.refusal = group.refusal or refused
-        return _joined(list(by_site.values()), self.project)
+                    sites[id(made)] = find_activations(made)
+        activations = ActivationEdits(self.uses, [s for found in sites.values() for s in found], self.reference)
+        for group in groups:
+            with _refusing(group):
+                for made in group.members if group.refusal is None else ():
+                    group.edits += self._widths(made)
+                    for site in sites[id(made)]:
+                        group.edits += activations.edits(site, made)
 
     def _check(self, made: FeedForward) -> None:
         """Raises Refused where a feed-forward is more than projection, activation, dropout, projection."""
@@ -201,23 +221,22 @@ class _Planner:
         for made in self.counted:
             names = made.activations - {"linear"}
             key = made.first.module.call
-            if (
-                not made.gated
-                and not made.is_legacy
-                and names
-                and names <= {"silu", "mish", "tanh"}
-                and key not in seen
-            ):
+            if made.gated or made.is_legacy or not names or key in seen:
+                continue
+            if names <= {"silu", "mish", "tanh"}:
                 seen.add(key)
-                where = _Group([made]).location
-                yield Refusal(
-                    where, f"its activation is {', '.join(sorted(names))}, not ReLU or GELU", "gate it by hand"
-                )
+                reason = f"its activation is {' or '.join(sorted(names))}, not ReLU or GELU"
+                yield Refusal(_location(made), reason, "gate it by hand")
+            elif UNKNOWN in names:
+                seen.add(key)
+                reason = "what lies between its projections is handed in from outside and cannot be known"
+                yield Refusal(_location(made), reason, "make the activation in the feed-forward's own class")
 
     # -- torch's layers
 
     def _plan_torch(self, plan: Plan) -> None:
-        edits = TorchEdits(self.uses, list(self.found), self.reference, self.keep_hidden)
+        sources = [source for path in self.project.named if (source := self.project.source(path)) is not None]
+        edits = TorchEdits(self.uses, list(self.found), sources, self.reference, self.keep_hidden)
         for layers in torch_layers(self.uses):
             where = location(layers.call, layers.frame)
             if layers.is_gated:

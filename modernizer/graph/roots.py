@@ -137,7 +137,7 @@ def open_arguments(machine: Machine, frame: Frame, node: ast.FunctionDef, scope:
     for parameter in [*(positional if is_static or op == "argument" else positional[1:]), *spec.kwonlyargs]:
         if parameter.arg in defaults:
             default = machine.evaluate(scope.frame, defaults[parameter.arg])
-            if isinstance(default, External | Class | Function):
+            if isinstance(default, External | Class | Function | Module):
                 values[parameter.arg] = default
                 continue
         values[parameter.arg] = machine.node(

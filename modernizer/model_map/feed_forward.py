@@ -21,18 +21,26 @@ from modernizer.graph.query import (
     alternatives,
     base,
     data_ancestors,
+    enclosing_modules,
     inputs,
     is_none,
+    location,
+    same_size,
+    strip_views,
     users,
 )
 from modernizer.graph.values import Const, External, Node, Value
 from modernizer.model_map.activation import ELEMENTWISE, RELU_FAMILY, is_gate, name_of
 from modernizer.model_map.attention import PROJECTIONS, AttentionSite
+from modernizer.model_map.map import Evidence, Role
 from modernizer.model_map.projection import Projection, Projections
 
 # Operations at which a stream ends: what comes out is another tensor, not the same one with something added.
 CROSSINGS = PROJECTIONS | {"embedding", "conv3d", "conv_transpose1d", "lstm", "gru"}
 PICKS = frozenset({"item", "getitem", "chunk", "split", "narrow", "iter", "unbind", "tensor_split"})
+# An activation that is looked up by a name which the code does not say.
+TABLES = frozenset({"torch", "torch.nn", "torch.nn.functional", "transformers.activations.ACT2FN"})
+CHOSEN, UNKNOWN = "chosen by name", "unknown"
 LARGEST = 120  # nodes between two projections; gelu's formula has ten
 FARTHEST = 4000  # nodes looked at in search of attention
 
@@ -44,6 +52,8 @@ class FeedForward:
     `activations` are the names of what may lie between its projections (several where the code chooses), `gated`
     whether it is the product of an activated and a plain half already. `nodes` lie between the two projections,
     `between` are those of them that are neither activation nor dropout: norms, or views that move features.
+    `residual` says that its result is added to what it read, `repeated` that one of the same code follows after another
+    attention, `attended` that attention writes what it reads or reads what it writes.
     """
 
     first: Projection
@@ -53,6 +63,7 @@ class FeedForward:
     nodes: Sequence[Node]
     between: Sequence[Node]
     residual: bool = False
+    repeated: bool = False
     attended: bool = False
 
     @property
@@ -63,11 +74,11 @@ class FeedForward:
     @property
     def counts(self) -> bool:
         """Whether it is a feed-forward of a transformer."""
-        return self.residual and self.attended
+        return (self.residual or self.repeated) and self.attended
 
     @property
     def is_legacy(self) -> bool:
-        return not self.gated and bool(self.activations) and self.activations & RELU_FAMILY != frozenset()
+        return not self.gated and bool(self.activations & (RELU_FAMILY | {CHOSEN}))
 
 
 @dataclass(eq=False)
@@ -94,8 +105,37 @@ def find_feed_forwards(graph: Graph, attentions: Iterable[AttentionSite]) -> Fee
                 cores[id(node)] = node
     for made in found:
         made.residual = _is_residual(made)
-        made.attended = made.residual and _is_attended(made, cores)
+    for made in found:
+        made.repeated = not made.residual and _is_repeated(made, found, cores)
+    repeated = {made.first.module.call for made in found if made.repeated}
+    for made in found:
+        made.repeated = made.first.module.call in repeated
+        made.attended = (made.residual or made.repeated) and _is_attended(made, cores)
     return FeedForwards(found, projections, graph)
+
+
+def roles(found: FeedForwards) -> Iterator[Role]:
+    """The feed-forwards that count, each place in the code once, with what shows it."""
+    seen: set[object] = set()
+    for made in found:
+        module = made.first.module
+        if not made.counts or module.call is None or module.frame is None or module.call in seen:
+            continue
+        seen.add(module.call)
+        between = "a gate" if made.gated else " or ".join(sorted(made.activations)) or "an activation"
+        how = "added to what it read" if made.residual else "followed by attention and the same again"
+        evidence = [
+            Evidence(location(module.call, module.frame), f"a projection, then {between}"),
+            *_evidence(made.second, f"the projection back, whose result is {how}"),
+        ]
+        owner = next((m.class_name for m in enclosing_modules(made.first.frame)), "")
+        kind = "gated feed-forward" if made.gated else "feed-forward"
+        yield Role(kind, evidence[0].location, owner, tuple(evidence))
+
+
+def _evidence(projection: Projection, sentence: str) -> Iterator[Evidence]:
+    if projection.call is not None:
+        yield Evidence(location(projection.call, projection.frame), sentence)
 
 
 # -- projection, activation, projection
@@ -115,6 +155,7 @@ class _Region:
         self.nodes: dict[int, Node] = {}
         self.between: list[Node] = []
         self.swiglu = False
+        self.lookups: set[str] = set()  # CHOSEN or UNKNOWN, where a callable cannot be followed
         self._walk(end)
 
     def _walk(self, value: Value) -> None:
@@ -138,11 +179,22 @@ class _Region:
             parts = value.args[:1]
         elif value.op in IDENTITY or value.op in ("gelu", "relu", "leaky_relu"):
             parts = value.args[:1]
+        elif value.op == "opaque" and value.node is not None:
+            parts = self._operands(value)
         elif value.op not in ELEMENTWISE or (value.op != "merge" and not value.args):
             raise _NoFeedForward
         for part in parts:
             if not is_none(part):
                 self._walk(part)
+
+    def _operands(self, call: Node) -> Sequence[Value]:
+        """The operand of a callable that cannot be followed: one that is looked up in a table, or handed in."""
+        callee = call.args[0] if call.args and not call.name.startswith("transformers.") else External(call.name)
+        data = [a for a in call.args if a is not callee]
+        if len(data) != 1 or call.kwargs or not isinstance(callee, Node | External):
+            raise _NoFeedForward
+        self.lookups.add(CHOSEN if _is_looked_up(callee) else UNKNOWN)
+        return data
 
     def _half(self, value: Node) -> Projection | None:
         """The projection of whose result this is a part: gate and content may come out of one."""
@@ -151,6 +203,14 @@ class _Region:
         while isinstance(inner, Node) and inner.op in PICKS and inner.args:
             inner, picked = inner.args[0], True
         return self.projections.at(inner) if picked else None
+
+
+def _is_looked_up(callee: Value) -> bool:
+    """Whether a callable comes out of one of torch's packages, or of transformers' table, under an open name."""
+    seen = 0
+    while isinstance(callee, Node) and callee.op in ("unknown", "opaque", "getitem") and callee.args and seen < 4:
+        callee, seen = callee.args[0], seen + 1
+    return isinstance(callee, External) and callee.dotted in TABLES
 
 
 def _before(second: Projection, projections: Projections) -> FeedForward | None:
@@ -171,13 +231,21 @@ def _before(second: Projection, projections: Projections) -> FeedForward | None:
     (leaf,) = region.leaves.values() if len(region.leaves) == 1 else (None,)
     if leaf is None or leaf is not first.value:
         return None
-    if between:
+    if region.lookups:
+        names = frozenset(region.lookups if _keeps_the_width(first, second) else {UNKNOWN})
+    elif between:
         names = frozenset(_ops_named(region.nodes.values()))
     else:
         names = frozenset(name_of(second.source, leaf, choice) for choice in _choices(region))
     if names <= {"linear"}:
         return None
     return FeedForward(first, second, names, False, list(region.nodes.values()), between)
+
+
+def _keeps_the_width(first: Projection, second: Projection) -> bool:
+    """Whether the first projection puts out as many features as the second one takes."""
+    out, into = first.module.args.get(first.outputs), second.module.args.get(second.inputs)
+    return out is not None and into is not None and same_size(out, into)
 
 
 def _ops_named(nodes: Iterable[Node]) -> Iterator[str]:
@@ -220,6 +288,50 @@ def _is_residual(made: FeedForward) -> bool:
                 return True
             todo.append(user)
     return False
+
+
+def _is_repeated(made: FeedForward, found: Sequence[FeedForward], cores: dict[int, Node]) -> bool:
+    """Whether the stream goes through attention and then through the same code again, with no residual around it."""
+    again = [
+        other
+        for other in found
+        if other.first.module.call is made.first.module.call
+        and other.first.module is not made.first.module
+        and other.first.value.order > made.second.value.order
+        and id(made.second.value) in data_ancestors(other.first.source)
+    ]
+    return bool(again) and _is_read_whole(made, cores)
+
+
+def _is_read_whole(made: FeedForward, cores: dict[int, Node]) -> bool:
+    """Whether attention projects the result itself: what is a query, key or value already is no stream."""
+    seen: set[int] = set()
+    todo = [made.second.value]
+    while todo and len(seen) < FARTHEST:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        for user in users(node):
+            if user.op == "mha":
+                parts = {id(_unnormed(a)) for a in user.args[:3]}
+                if len(parts) == 1:
+                    return True
+            elif id(user) in cores and not user.op.startswith("torch_"):
+                return False
+            elif user.op in CROSSINGS:
+                if _reaches([user], users, cores):
+                    return True
+            elif user.op not in SHAPES:
+                todo.append(user)
+    return False
+
+
+def _unnormed(value: Value) -> Value:
+    value = strip_views(value)
+    while isinstance(value, Node) and value.op in NORMS:
+        value = strip_views(value.args[0])
+    return value
 
 
 def _shares(operand: Value, origins: dict[int, Node]) -> bool:

@@ -14,8 +14,8 @@ from modernizer.source import Location
 if TYPE_CHECKING:
     from modernizer.model_map.attention import AttentionSite
     from modernizer.model_map.feed_forward import FeedForwards
-    from modernizer.model_map.position import PositionSite
     from modernizer.model_map.norm import Norms
+    from modernizer.model_map.position import PositionSite
     from modernizer.model_map.residual import Residuals
     from modernizer.model_map.stack import Stacks
 
@@ -90,10 +90,13 @@ class ModelMap:
 
         return position.find_positions(self.graph)
 
-    @property
+    @cached_property
     def roles(self) -> Sequence[Role]:
         """Every recognised part, in the order of files and lines."""
-        return ()
+        from modernizer.model_map import feed_forward
+
+        found = [*feed_forward.roles(self.feed_forwards)]
+        return sorted(found, key=lambda role: (str(role.location.path), role.location.line, role.location.column))
 
 
 def read_model(project: Project) -> ModelMap:
