@@ -15,7 +15,9 @@ from modernizer.model_map.position import Position, content_inputs
 _KEEP = (
     IDENTITY
     | NORMS
-    | frozenset("linear add sub mul div relu gelu silu tanh sigmoid masked_fill where embedding softmax rotary alibi".split())
+    | frozenset(
+        "linear add sub mul div relu gelu silu tanh sigmoid masked_fill where embedding softmax rotary alibi".split()
+    )
 )
 _LENGTHS = frozenset("arange narrow slice".split())
 
