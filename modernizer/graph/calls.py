@@ -518,9 +518,9 @@ def _is_component_class(dotted: str) -> bool:
 def _function(
     m: Machine, frame: Frame, node: ast.AST, op: str, dotted: str, args: list[Value], kwargs: dict[str, Value]
 ) -> Value:
-    if len(args) == 2 and isinstance(args[0], Const) and isinstance(args[1], Const):
-        folded = containers.fold(op, args[0].value, args[1].value)
-        if folded is not None:
+    if args and not kwargs and all(isinstance(a, Const) for a in args):
+        folded = containers.fold_function(op, [a.value for a in args if isinstance(a, Const)])
+        if folded is not None and not dotted.startswith("torch."):
             return folded
     values, named = ordered(op, args, kwargs)
     if op == "shape" and values:

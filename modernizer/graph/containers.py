@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 
@@ -50,6 +51,18 @@ def fold(name: str, left: object, right: object) -> Const | None:
     if (isinstance(result, int) and abs(result) > LARGEST) or (isinstance(result, str) and len(result) > 1000):
         return None
     return Const(result)
+
+
+def fold_function(name: str, operands: list[object]) -> Const | None:
+    """The constant that a function of `math` or `numpy` gives for numbers, None where it gives none."""
+    if len(operands) == 2:
+        return fold(name, *operands)
+    if len(operands) != 1 or name not in ("sqrt", "exp", "log", "log2", "floor", "ceil", "sin", "cos"):
+        return None
+    try:
+        return Const(getattr(math, name)(operands[0]))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def repeated(many: Many, count: Value, node: ast.AST) -> Many:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,17 @@ def canonical(dotted: str) -> str:
     if parts[:2] == ["modernizer", "components"] and parts[-1] in DROP_INS:
         return "torch.nn." + parts[-1]
     return dotted
+
+
+NUMBERS = {"inf": math.inf, "Inf": math.inf, "infty": math.inf, "pi": math.pi, "e": math.e, "nan": math.nan}
+
+
+def external(dotted: str) -> Value:
+    """An object from outside: the numbers that math, numpy and torch name are constants."""
+    package, _, name = dotted.rpartition(".")
+    if package in ("math", "numpy", "torch") and name in NUMBERS:
+        return Const(NUMBERS[name])
+    return External(canonical(dotted))
 
 
 class Scopes:
@@ -58,7 +70,7 @@ class Scopes:
     def member(self, package: Value, name: str) -> Value | None:
         """What `package.name` gives."""
         if isinstance(package, External):
-            return External(canonical(f"{package.dotted}.{name}"))
+            return external(f"{package.dotted}.{name}")
         assert isinstance(package, Package)
         found = package.scope.lookup(name) if package.scope else None
         if found is not None:
