@@ -78,7 +78,7 @@ def fill_number(value: Value) -> float | None:
         infinite = value.dotted.rpartition(".")[2] in ("inf", "Inf", "infty", "Infinity")
         low = value.dotted.rpartition(".")[2] in ("NINF",)
         return math.inf if infinite else -math.inf if low else None
-    if not isinstance(value, Node) or not value.args and value.op != "attr":
+    if not isinstance(value, Node) or (not value.args and value.op != "attr"):
         return None
     if value.op == "neg":
         inner = fill_number(value.args[0])
@@ -172,7 +172,9 @@ def _triangle(node: Node, attends: bool) -> bool:
         ones = ones.args[0]
     if not (isinstance(ones, Node) and ones.op in ("ones", "ones_like", "full", "new_ones")):
         return False
-    if ones.op == "full" and not (len(ones.args) > 1 and isinstance(ones.args[1], Const) and ones.args[1].value in (1, True)):
+    if ones.op == "full" and not (
+        len(ones.args) > 1 and isinstance(ones.args[1], Const) and ones.args[1].value in (1, True)
+    ):
         return False
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", node.kwargs.get("k", Const(0)))
     if not isinstance(given, Const) or not isinstance(given.value, int):

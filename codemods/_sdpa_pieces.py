@@ -17,9 +17,9 @@ from codemods._sdpa_masks import (
     keeps_a_key,
 )
 from codemods._sdpa_trace import Decline, Event, Trace, factors
-from modernizer.graph.query import VIEWS, is_const
+from modernizer.graph.query import VIEWS, data_ancestors, is_const
 from modernizer.graph.rank import is_number, rank
-from modernizer.graph.values import Const, Many, Module, Node, Value
+from modernizer.graph.values import Const, Frame, Many, Module, Node, Value
 from modernizer.model_map.attention import Attention
 from modernizer.syntax import free_name, names_in, parents, statement_of
 
@@ -187,7 +187,11 @@ class Builder:
             for inner in ast.walk(other):
                 if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Load) and inner.id in names:
                     return False
-                if isinstance(inner, ast.Attribute) and not isinstance(inner.ctx, ast.Load) and inner.attr in attributes:
+                if (
+                    isinstance(inner, ast.Attribute)
+                    and not isinstance(inner.ctx, ast.Load)
+                    and inner.attr in attributes
+                ):
                     return False
                 if is_in_place(inner, names):
                     return False
@@ -261,7 +265,11 @@ class Builder:
         assert self.trace.function is not None
         for node in ast.walk(self.trace.function):
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                if node.targets[0].id == name.id and values == {id(v) for v in self.trace.values(node.value)} and values:
+                if (
+                    node.targets[0].id == name.id
+                    and values == {id(v) for v in self.trace.values(node.value)}
+                    and values
+                ):
                     return node
         return None
 
@@ -294,14 +302,14 @@ class Builder:
             if letters.startswith("...") and len(letters) == 5 and letters[-2] in out and letters[-1] not in out:
                 return code
             raise Decline(f"einsum `{self.contexts[0].equation}` with an ellipsis in an unusual place")
-        batch = [c for c in out if c in query and c in key or c in (query + key) and c not in self._times()]
+        batch = [c for c in out if (c in query and c in key) or (c in (query + key) and c not in self._times())]
         time, feature = next((c for c in letters if c in self._times()), ""), ""
         feature = next((c for c in letters if c in query and c in key and c not in out), "")
         return self._permuted(code, letters, [*batch, time, feature])
 
     def _times(self) -> tuple[str, str]:
         first = self.contexts[0]
-        query, key, out = self._letters()
+        query, key, _out = self._letters()
         a, b = first.query_operand.time_axis, first.key_operand.time_axis
         if a is None or b is None:
             raise Decline(f"einsum `{first.equation}` has no one time axis for query and key")
@@ -344,10 +352,19 @@ class Builder:
         weights_first = factors(self.trace.output, self.trace.machine)[0] is self.trace.weights
         weights, value = (a, b) if weights_first else (b, a)
         scores = self._scores_letters(len(weights))
+        if self._is_open_ended(weights, value, out):
+            return "bts", "bsd", "btd"
         if len(weights) != len(scores) or "." in weights:
             raise Decline("the two einsums do not fit together")
         table = dict(zip(weights, scores, strict=True))
         return scores, rename(value, table), rename(out, table)
+
+    def _is_open_ended(self, weights: str, value: str, out: str) -> bool:
+        """`...ts,...sd->...td`: a matmul."""
+        parts = [part.removeprefix("...") for part in (weights, value, out)]
+        if any(len(part) != 2 for part in parts) or not all(p.startswith("...") for p in (weights, value, out)):
+            return False
+        return (parts[0][1], parts[0][0], parts[1][1]) == (parts[1][0], parts[2][0], parts[2][1])
 
     def _scores_letters(self, count: int) -> str:
         if self.contexts[0].form == "einsum":
@@ -356,7 +373,7 @@ class Builder:
 
     def _axes(self) -> tuple[list[str], str, str]:
         """Batch letters, query time and key time of the scores."""
-        if self.contexts[0].form == "einsum":
+        if self.contexts[0].form == "einsum" and "." not in self._letters()[2]:
             times = self._times()
             return [c for c in self._letters()[2] if c not in times], *times
         count = str(self._output_letters()[0])
@@ -479,7 +496,14 @@ class Builder:
                 continue
             if event in self._binary_factors() and following is not None:
                 made = Event(
-                    "fill", event.node, event.statement, event.operand, event.values, event.guard, event.tests, attends=True
+                    "fill",
+                    event.node,
+                    event.statement,
+                    event.operand,
+                    event.values,
+                    event.guard,
+                    event.tests,
+                    attends=True,
                 )
                 found.append((made, "binary", self._fills(event, following)))
                 skip = following
@@ -498,7 +522,9 @@ class Builder:
         if number is None:
             raise Decline(f"blocked scores are set to `{self.text(event.fill)}`, which is not known to be a number")
         if number > SMALLEST_FILL:
-            raise Decline(f"blocked scores are set to {number:g}, which leaves them some weight: that mask does not mask")
+            raise Decline(
+                f"blocked scores are set to {number:g}, which leaves them some weight: that mask does not mask"
+            )
         return number
 
     def _mask(self) -> list[tuple[str, str]]:
@@ -556,14 +582,18 @@ class Builder:
             raise Decline("`baddbmm` adds its input to the scores", "add the bias after the product, with `+`")
 
     def _check_order(self, masks: Sequence[tuple[Event, str, float | None]]) -> None:
-        seen_fill = False
-        for event, kind, number in masks:
-            if kind == "bias" and seen_fill:
+        for place, (event, kind, _) in enumerate(masks):
+            fills = [e for e, k, number in masks[:place] if k != "bias" and number != float("-inf")]
+            if kind == "bias" and any(not self._excluded(event, [fill, event]) for fill in fills):
                 raise Decline("something is added to the scores after they are masked", "add it before the mask")
-            seen_fill = seen_fill or (kind != "bias" and number != float("-inf"))
 
     def _is_open(self, event: Event) -> bool:
-        return bool(event.values) and all(keeps_a_key(v, event.attends) for v in event.values)
+        """Whether every row keeps a key. A mask that is handed in may be another one elsewhere."""
+        assert event.operand is not None
+        found = self.trace.machine.at.get(event.operand, ())
+        return bool(found) and all(
+            keeps_a_key(value, event.attends) and is_own(value, frame) for frame, value in found
+        )
 
     def _rows_zeroed(self, fills: Sequence[tuple[Event, str, float | None]]) -> bool:
         """Whether the weights of blocked keys are set to zero after the softmax as well."""
@@ -605,7 +635,8 @@ class Builder:
         views = [e for e in self.scores if e.kind == "view"]
         fits = len(views) % 2 == 0 and not any(e.kind == "view" for e in self.weights)
         for first, last in zip(views[::2], views[1::2], strict=False):
-            fits = fits and first.guard == last.guard and (len(first.sizes), len(last.sizes)) == (4, 3)
+            axes = {c.rank for c in self.contexts} - {None}
+            fits = fits and first.guard == last.guard and len(first.sizes) > len(last.sizes) and axes <= {len(last.sizes)}
             between = self.scores[self.scores.index(first) + 1 : self.scores.index(last)]
             fits = fits and all(e.kind in ("fill", "bias", "scale") for e in between)
         if not fits:
@@ -651,7 +682,10 @@ class Builder:
 
     def _combined(self, parts: Sequence[tuple[Event, str]], name: str, operator: str) -> str:
         """One expression for the call, or a variable that is built up where the statements stood."""
-        if all(not e.guard and not e.tests and e.operand is not None and self._moves(e.operand, e, code) for e, code in parts):
+        if all(
+            not e.guard and not e.tests and e.operand is not None and self._moves(e.operand, e, code)
+            for e, code in parts
+        ):
             joined = f" {operator} ".join(self.atom(code) if len(parts) > 1 else code for _, code in parts)
             if len(joined) <= 60 or len(self.trace.region) == 1:
                 return joined
@@ -724,11 +758,11 @@ class Builder:
     def _probability(self, event: Event) -> str:
         call = event.node
         assert isinstance(call, ast.Call)
-        callees = [v for v in self.trace.values(call.func)]
+        callees = list(self.trace.values(call.func))
         modules = [m for v in callees for m in leaves_of(v)]
         if modules and all(isinstance(m, Module) for m in modules):
             return self._module_probability(call, modules)
-        op, receiver, arguments = self.trace.called(call)
+        _op, _receiver, arguments = self.trace.called(call)
         p, training = arguments.get("p"), arguments.get("training")
         chance = self.text(p) if p is not None else "0.5"
         if "inplace" in arguments and not is_literal(arguments["inplace"]):
@@ -787,9 +821,7 @@ class Builder:
             node = above.get(node)
         return statement is self.last
 
-    def _wrapped(
-        self, line: str, name: str, operands: Sequence[str], arguments: Sequence[tuple[str, str]]
-    ) -> str:
+    def _wrapped(self, line: str, name: str, operands: Sequence[str], arguments: Sequence[tuple[str, str]]) -> str:
         """The call in one line, or over several where it would be too long."""
         indent = getattr(self.last, "col_offset", 0)  # the engine indents what follows the first line
         if len(line) + indent + 12 <= 100 or "\t" in self.source.indentation:
@@ -943,7 +975,18 @@ def is_pure(node: ast.expr, trace: Trace) -> bool:
 
 
 def is_plain(node: Node) -> bool:
-    learned = ("linear", "dropout", "opaque", "layer_norm", "conv1d", "embedding", "merge", "batch_norm", "rand", "randn")
+    learned = (
+        "linear",
+        "dropout",
+        "opaque",
+        "layer_norm",
+        "conv1d",
+        "embedding",
+        "merge",
+        "batch_norm",
+        "rand",
+        "randn",
+    )
     return node.op not in learned and not (node.name.endswith("_") and not node.name.endswith("__"))
 
 
@@ -998,6 +1041,14 @@ def is_literal(node: ast.expr) -> bool:
     except (ValueError, TypeError, SyntaxError):
         return False
     return True
+
+
+def is_own(mask: Value, frame: Frame) -> bool:
+    """Whether a pattern is made in this call or by the module itself."""
+    made = [n for n in data_ancestors(mask).values() if n.op in ("tril", "triu", "arange")]
+    return bool(made) and all(
+        node.frame is frame or (frame.receiver is not None and node.frame.receiver is frame.receiver) for node in made
+    )
 
 
 def guard_texts(event: Event) -> list[tuple[str, int]]:

@@ -18,7 +18,7 @@ def fused_text(trace: Trace, pieces: Pieces, demand: Demand) -> str:
     """The statements with the call in place of the value product, those about scores and weights left out."""
     source = trace.source
     changes: list[Change] = []
-    gone: dict[ast.stmt, list[str]] = dict.fromkeys(trace.kept_weights, []) | dict(demand.dropped)
+    gone: dict[ast.stmt, list[str]] = {key: [] for key in trace.kept_weights} | dict(demand.dropped)
     whole = {inner for statement in demand.dropped for inner in ast.walk(statement) if inner is not statement}
     for statement, lines in (pieces.instead | gone).items():
         if statement in whole:

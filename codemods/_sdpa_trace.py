@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from modernizer.graph.machine import Machine
-from modernizer.graph.query import IDENTITY, is_none
+from codemods._sdpa_masks import fill_number
+from modernizer.graph.query import IDENTITY, LIKE, is_none
 from modernizer.graph.torch_api import CALLS, MODULE_OPS, function_operation, operation
 from modernizer.graph.values import Class, Const, External, Method, Module, Node, Value
 from modernizer.graph.values import Function as GraphFunction
@@ -74,6 +75,7 @@ class Trace:
         self.dropped: list[ast.stmt] = []  # checks of the scores' shape
         self.sizes: dict[ast.expr, tuple[str, ast.expr | None]] = {}  # sizes, dtypes read off the scores
         self.consumed: set[ast.AST] = set()
+        self.fill_names: set[str] = set()  # variables that hold a fill in the shape of the scores
         self.stored: list[tuple[ast.Assign, ast.Attribute]] = []  # attributes that scores or weights are put into
         self.kept_weights: list[ast.stmt] = []  # statements that do nothing else
         self.final: State = ()
@@ -157,7 +159,11 @@ class Trace:
 
     def _is_write(self, node: ast.expr) -> bool:
         inner = node.value if isinstance(node, ast.Subscript) else node
-        return isinstance(inner, ast.Name) and inner.id in self.tracked and isinstance(getattr(node, "ctx", None), ast.Store)
+        return (
+            isinstance(inner, ast.Name)
+            and inner.id in self.tracked
+            and isinstance(getattr(node, "ctx", None), ast.Store)
+        )
 
     def _assign(self, node: ast.Assign | ast.AnnAssign, guard: tuple[tuple[ast.If, int], ...]) -> None:
         assert node.value is not None
@@ -166,6 +172,8 @@ class Trace:
             self._set_item(node, targets[0], guard)
             return
         found = self.chain(node.value, node, guard)
+        if found is None and self._is_fill(node, targets):
+            return
         if found is None:
             self._look_for_sizes(node)
             for name in bound_names(targets):
@@ -185,6 +193,27 @@ class Trace:
         self.changes[node] = self._new(before, found, node)
         if attributes and isinstance(node, ast.Assign):
             self.stored += [(node, attribute) for attribute in attributes]
+
+    def _is_fill(self, node: ast.Assign | ast.AnnAssign, targets: Sequence[ast.expr]) -> bool:
+        """`low = -1e9 * torch.ones_like(scores)`: a number in the shape of the scores, for `torch.where`."""
+        assert node.value is not None
+        values = self.values(node.value)
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name) or not self._touches(node.value) or not values:
+            return False
+        if any(fill_number(value) is None for value in values):
+            return False
+        self.fill_names.add(targets[0].id)
+        self.dropped.append(node)
+        self._consume(node)
+        return True
+
+    def _take_fill(self, fill: ast.expr) -> None:
+        """A fill in the shape of the scores is only a number from here on."""
+        values = self.values(fill)
+        if values and all(fill_number(value) is not None for value in values):
+            self._consume(fill)
+        else:
+            self._scan(fill)
 
     def _new(self, before: State, after: State, node: ast.stmt) -> list[Event]:
         return [event for event in after if event.statement is node]
@@ -249,13 +278,13 @@ class Trace:
             common = 0
             while common < min(len(a), len(b)) and a[common] is b[common]:
                 common += 1
-            extra_a, extra_b = list(a[common:]), list(b[common:])
+            extra_a, extra_b, ending = _common_end(list(a[common:]), list(b[common:]))
             if any(e.kind in ("product", "softmax") for e in extra_a + extra_b):
                 raise Decline(
                     "a branch chooses between two ways to compute the weights",
                     "compute the scores once and let the branch change the mask only",
                 )
-            result[name] = (*a[:common], *extra_a, *extra_b)
+            result[name] = (*a[:common], *extra_a, *extra_b, *ending)
         return result
 
     def _is_shape_check(self, node: ast.If) -> bool:
@@ -265,14 +294,15 @@ class Trace:
         self.consumed.update(ast.walk(node))
 
     def _touches(self, node: ast.AST) -> bool:
-        return any(
-            n is self.product or (isinstance(n, ast.Name) and n.id in self.tracked) for n in ast.walk(node)
-        )
+        return any(n is self.product or (isinstance(n, ast.Name) and n.id in self.tracked) for n in ast.walk(node))
 
     # -- expressions
 
     def chain(
-        self, node: ast.expr, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...],
+        self,
+        node: ast.expr,
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
         tests: tuple[tuple[ast.expr, bool], ...] = (),
     ) -> State | None:
         """The events behind an expression that is scores or weights, None where it is neither."""
@@ -292,7 +322,10 @@ class Trace:
         return None
 
     def _binary(
-        self, node: ast.BinOp, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...],
+        self,
+        node: ast.BinOp,
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
         tests: tuple[tuple[ast.expr, bool], ...],
     ) -> State | None:
         left = self.chain(node.left, statement, guard, tests)
@@ -315,7 +348,12 @@ class Trace:
         return self.product in ast.walk(node) or any(self._size_read(n) is None for n in rest)
 
     def _arithmetic(
-        self, op: ast.operator, other: ast.expr, node: ast.AST, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...]
+        self,
+        op: ast.operator,
+        other: ast.expr,
+        node: ast.AST,
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
     ) -> Event:
         values = self.values(other)
         if isinstance(op, ast.Mult | ast.Div):
@@ -325,7 +363,10 @@ class Trace:
         raise Decline(f"an operator on the scores that cannot be expressed at line {getattr(node, 'lineno', 0)}")
 
     def _conditional(
-        self, node: ast.IfExp, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...],
+        self,
+        node: ast.IfExp,
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
         tests: tuple[tuple[ast.expr, bool], ...],
     ) -> State | None:
         yes = self.chain(node.body, statement, guard, (*tests, (node.test, True)))
@@ -338,7 +379,10 @@ class Trace:
         return self._joined({"": yes}, {"": no})[""]
 
     def _call(
-        self, node: ast.Call, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...],
+        self,
+        node: ast.Call,
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
         tests: tuple[tuple[ast.expr, bool], ...],
     ) -> State | None:
         if node is self.output:
@@ -346,6 +390,8 @@ class Trace:
         op, receiver, arguments = self.called(node)
         if receiver is None:
             return self._handed_in(node, statement, guard, tests)
+        if op in LIKE:
+            return None
         if op == "where":
             return self._where(node, arguments, statement, guard, tests)
         found = self.chain(receiver, statement, guard, tests)
@@ -358,7 +404,11 @@ class Trace:
         return found if event is None else (*found, replace(event, tests=tests))
 
     def _event(
-        self, op: str, node: ast.Call, arguments: dict[str, ast.expr], statement: ast.stmt,
+        self,
+        op: str,
+        node: ast.Call,
+        arguments: dict[str, ast.expr],
+        statement: ast.stmt,
         guard: tuple[tuple[ast.If, int], ...],
     ) -> Event | None:
         line = node.lineno
@@ -369,7 +419,12 @@ class Trace:
         if op in ("mul", "div", "add", "sub"):
             if len(arguments) != 2 or "other" not in arguments:
                 raise Decline(f"`{op}` with further arguments at line {line}")
-            operator: dict[str, ast.operator] = {"mul": ast.Mult(), "div": ast.Div(), "add": ast.Add(), "sub": ast.Sub()}
+            operator: dict[str, ast.operator] = {
+                "mul": ast.Mult(),
+                "div": ast.Div(),
+                "add": ast.Add(),
+                "sub": ast.Sub(),
+            }
             return self._arithmetic(operator[op], arguments["other"], node, statement, guard)
         if op == "masked_fill":
             mask, fill = arguments.get("mask"), arguments.get("value")
@@ -379,9 +434,7 @@ class Trace:
                 self._consume(mask)
                 self._check_zero(fill, line)
                 return Event("zero_nan", node, statement, guard=guard)
-            return Event(
-                "fill", node, statement, mask, self.values(mask), guard, fill=fill, fills=self.values(fill)
-            )
+            return Event("fill", node, statement, mask, self.values(mask), guard, fill=fill, fills=self.values(fill))
         if op == "softmax":
             has_cast = "dtype" in arguments or len(node.args) > 3
             made = Event("softmax", node, statement, guard=guard)
@@ -421,8 +474,12 @@ class Trace:
             raise Decline(f"NaN weights become something else than zero at line {line}")
 
     def _where(
-        self, node: ast.Call, arguments: dict[str, ast.expr], statement: ast.stmt,
-        guard: tuple[tuple[ast.If, int], ...], tests: tuple[tuple[ast.expr, bool], ...],
+        self,
+        node: ast.Call,
+        arguments: dict[str, ast.expr],
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
+        tests: tuple[tuple[ast.expr, bool], ...],
     ) -> State | None:
         condition, yes, no = (arguments.get(name) for name in ("condition", "input", "other"))
         if condition is None or yes is None or no is None:
@@ -433,7 +490,7 @@ class Trace:
         if found is None:
             return None
         self._scan(condition)
-        self._scan(fill)
+        self._take_fill(fill)
         event = Event(
             "fill", node, statement, condition, self.values(condition), guard, tests, attends=attends, fill=fill,
             fills=self.values(fill),
@@ -441,7 +498,10 @@ class Trace:
         return (*found, event)
 
     def _handed_in(
-        self, node: ast.Call, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...],
+        self,
+        node: ast.Call,
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
         tests: tuple[tuple[ast.expr, bool], ...],
     ) -> State | None:
         """A call of a module, function or unknown callable that is not one of torch's operations."""
@@ -485,7 +545,7 @@ class Trace:
     def _operation_of(self, func: ast.expr) -> str:
         found = self.values(func)
         if not found:
-            found = self._looked_up(func)
+            found = list(self._looked_up(func))
         kinds = {kind_of_callee(value) for callee in found for value in options(callee)}
         if kinds == {"dropout", "identity"}:
             return "dropout"
@@ -634,7 +694,10 @@ class Inlined:
         return None
 
     def _assign(
-        self, inner: ast.stmt, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...],
+        self,
+        inner: ast.stmt,
+        statement: ast.stmt,
+        guard: tuple[tuple[ast.If, int], ...],
         tests: tuple[tuple[ast.expr, bool], ...],
     ) -> bool:
         target = inner.targets[0] if isinstance(inner, ast.Assign) and len(inner.targets) == 1 else None
@@ -667,7 +730,9 @@ class Inlined:
         assert self.trace.function is not None
         local = names_in(self.trace.function)
         free = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)} - self.names.keys()
-        bound = {n.id for n in ast.walk(self.trace.function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        bound = {
+            n.id for n in ast.walk(self.trace.function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)
+        }
         bound |= {n.arg for n in ast.walk(self.trace.function) if isinstance(n, ast.arg)}
         inner = {n.id for n in ast.walk(part) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
         return not (free & bound & local) and not inner and not (free & self._locals)
@@ -714,7 +779,10 @@ def factors(node: ast.expr, machine: Machine) -> list[ast.expr]:
     if isinstance(node, ast.BinOp):
         return [node.left, node.right]
     assert isinstance(node, ast.Call)
-    arguments = [*node.args, *(k.value for k in node.keywords if k.arg in ("input", "other", "mat2", "batch1", "batch2"))]
+    arguments = [
+        *node.args,
+        *(k.value for k in node.keywords if k.arg in ("input", "other", "mat2", "batch1", "batch2")),
+    ]
     if isinstance(node.func, ast.Attribute) and all(
         isinstance(value, Node) for _, value in machine.at.get(node.func.value, ())
     ):
@@ -728,6 +796,27 @@ def factors(node: ast.expr, machine: Machine) -> list[ast.expr]:
     if ops == {"baddbmm"}:
         return arguments[1:3]
     return arguments[:2]
+
+
+def _common_end(one: list[Event], other: list[Event]) -> tuple[list[Event], list[Event], list[Event]]:
+    """Two branches without what both do last, the softmax most often, and that."""
+    ending: list[Event] = []
+    while one and other and one[-1].kind == other[-1].kind and one[-1].kind in ("softmax", "dropout", "cast", "zero_nan"):
+        if ast.dump(_without_receiver(one[-1].node)) != ast.dump(_without_receiver(other[-1].node)):
+            break
+        guard = one[-1].guard[:-1] if one[-1].guard else ()
+        ending.insert(0, replace(one.pop(), guard=guard))
+        other.pop()
+    return one, other, ending
+
+
+def _without_receiver(node: ast.AST) -> ast.AST:
+    """A call with its first operand left out, for comparing what two calls do."""
+    if not isinstance(node, ast.Call):
+        return node
+    if isinstance(node.func, ast.Attribute) and node.func.attr in ("softmax", "float", "to", "type_as"):
+        return ast.Call(ast.Name(node.func.attr, ast.Load()), node.args, node.keywords)
+    return ast.Call(node.func, node.args[1:], node.keywords)
 
 
 def named(op: str, args: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> dict[str, ast.expr]:

@@ -48,6 +48,8 @@ def demand_for(model: ModelMap, trace: Trace, contexts: Sequence[Attention]) -> 
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del) and node.id in trace.names:
             if node not in trace.consumed:
                 raise Decline(f"a variable that holds scores or weights is deleted at line {node.lineno}")
+        if isinstance(node, ast.Name) and node.id in trace.fill_names and node not in trace.consumed:
+            raise Decline(f"`{node.id}` has the shape of the scores and is read at line {node.lineno}")
     reads = extra_reads(trace, trace.names)
     if not reads and not trace.stored:
         return Demand()
@@ -167,7 +169,11 @@ class _Analysis:
         inside = self._region_statement(statement)
         if guard is None:
             return self._flag(attribute, source, self.contexts[0].frame)
-        if not isinstance(inside, ast.If) or inside.orelse or any(s not in self.trace.kept_weights for s in inside.body):
+        if (
+            not isinstance(inside, ast.If)
+            or inside.orelse
+            or any(s not in self.trace.kept_weights for s in inside.body)
+        ):
             raise Decline(f"weights are stored at line {statement.lineno} between the two products")
         made.dropped[inside] = []
         return guard
@@ -176,9 +182,7 @@ class _Analysis:
         above = outward(self.trace.source.tree, statement)
         return next((s for s in above if isinstance(s, ast.stmt) and s in self.trace.region), None)
 
-    def _derived(
-        self, read: ast.Name, statement: ast.stmt, inside: ast.stmt | None, made: Demand
-    ) -> list[str]:
+    def _derived(self, read: ast.Name, statement: ast.stmt, inside: ast.stmt | None, made: Demand) -> list[str]:
         """`mean = weights.mean(1)`: wanted where `mean` is."""
         function = self.trace.function
         assert isinstance(function, ast.FunctionDef)
@@ -256,9 +260,7 @@ class _Analysis:
     def _calls(self, call: ast.Call, function: ast.FunctionDef) -> bool:
         """Whether a call can only be one of the functions that take the new parameter."""
         values = [value for _, value in self.machine.at.get(call.func, ())]
-        return bool(values) and all(
-            any(entered(value) is known for known in self.slots) for value in values
-        )
+        return bool(values) and all(any(entered(value) is known for known in self.slots) for value in values)
 
     def _use(self, call: ast.Call, slot: int, outer: FunctionNode, source: SourceFile, caller: Frame) -> set[str]:
         parent = parents(source.tree).get(call)
@@ -329,9 +331,7 @@ class _Analysis:
             found |= self._one_use(node, outer, source, caller, seen | {name})
         return found
 
-    def _sees(
-        self, node: ast.Name, outer: ast.FunctionDef, source: SourceFile, statement: ast.stmt, name: str
-    ) -> bool:
+    def _sees(self, node: ast.Name, outer: ast.FunctionDef, source: SourceFile, statement: ast.stmt, name: str) -> bool:
         """Whether a read may get what the statement bound: not where it comes before it outside a loop."""
         loops = any(isinstance(n, ast.For | ast.While) for n in outward(source.tree, statement) if n is not outer)
         return loops or source.span(node) > source.span(statement)
@@ -375,7 +375,9 @@ class _Analysis:
             for node in ast.walk(source.tree):
                 if isinstance(node, ast.Constant) and node.value == attribute.attr and _is_looked_up(above, node):
                     raise Decline(f"the stored weights may be read at {source.path.name}:{node.lineno}")
-                if not (isinstance(node, ast.Attribute) and node.attr == attribute.attr and isinstance(node.ctx, ast.Load)):
+                if not (
+                    isinstance(node, ast.Attribute) and node.attr == attribute.attr and isinstance(node.ctx, ast.Load)
+                ):
                     continue
                 values = [v for _, v in self.machine.at.get(node, ())]
                 parent = above.get(node)
@@ -420,7 +422,9 @@ class _Analysis:
 
     def _home_frame(self, frame: Frame) -> Frame:
         """The frame of the function whose parameter decides: a lambda's or comprehension's outer one."""
-        while frame.function is not None and frame.function.node not in self.slots and frame.function.closure is not None:
+        while (
+            frame.function is not None and frame.function.node not in self.slots and frame.function.closure is not None
+        ):
             frame = frame.function.closure
         return frame
 
@@ -485,9 +489,12 @@ def _collected_in(source: SourceFile, statement: ast.stmt, read: ast.AST) -> str
         call = statement.value
         if isinstance(call.func, ast.Attribute) and call.func.attr in ("append", "extend") and read in call.args:
             return call.func.value.id if isinstance(call.func.value, ast.Name) else ""
-    if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add) and isinstance(statement.target, ast.Name):
-        if isinstance(statement.value, ast.List | ast.Tuple) and read in statement.value.elts:
-            return statement.target.id
+    if (
+        isinstance(statement, ast.AugAssign)
+        and isinstance(statement.op, ast.Add)
+        and isinstance(statement.target, ast.Name)
+    ) and isinstance(statement.value, ast.List | ast.Tuple) and read in statement.value.elts:
+        return statement.target.id
     return ""
 
 
@@ -518,7 +525,9 @@ def _stable_test(source: SourceFile, function: ast.FunctionDef, test: ast.expr) 
         return None
     parameters = {a.arg for a in (*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs)}
     stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    attributes = {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)}
+    attributes = {
+        n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
+    }
     for node in ast.walk(test):
         if isinstance(node, ast.Name) and (node.id not in parameters or node.id in stored):
             return None
@@ -530,4 +539,6 @@ def _stable_test(source: SourceFile, function: ast.FunctionDef, test: ast.expr) 
 
 def _is_looked_up(above: dict[ast.AST, ast.AST], node: ast.AST) -> bool:
     parent = above.get(node)
-    return isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id in ("getattr", "hasattr")
+    return (
+        isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id in ("getattr", "hasattr")
+    )

@@ -140,6 +140,9 @@ def _upgrade(model: ModelMap, site: AttentionSite) -> Upgrade:
         raise Decline("the same code is seen through several files")
     trace = Trace(model.graph.machine, source, site.node, output)
     _check_chain(trace)
+    decorators = getattr(trace.function, "decorator_list", [])
+    if any("jit" in ast.unparse(decorator) for decorator in decorators):
+        raise Decline("the function is compiled by TorchScript")
     demand = demand_for(model, trace, contexts)
     imports = Imports(source)
     function = trace.function
@@ -156,7 +159,7 @@ def _upgrade(model: ModelMap, site: AttentionSite) -> Upgrade:
         site.location,
         f"attention written out becomes {what}",
         tuple(edits),
-        tuple([*pieces.notes, *demand.notes]),
+        (*pieces.notes, *demand.notes),
     )
 
 
@@ -164,9 +167,7 @@ def _check(site: AttentionSite, contexts: Sequence[Attention]) -> None:
     """What must hold in every context before the code is looked at."""
     for context in contexts:
         if context.softmax_axis is None:
-            raise Decline(
-                "the axis of the softmax is not stated as a number that can be placed", "write `dim=-1`"
-            )
+            raise Decline("the axis of the softmax is not stated as a number that can be placed", "write `dim=-1`")
         if not context.softmax_over_keys:
             raise Decline(
                 f"the softmax runs over axis {context.softmax_axis} of the scores, which is not that of the keys:"

@@ -14,8 +14,8 @@ _SAME = (
     | NORMS
     | frozenset(
         "linear softmax log_softmax relu gelu silu tanh sigmoid exp sqrt neg masked_fill transpose split chunk tril"
-        " triu clamp pos cumsum flip roll setitem fill zeros_like ones_like invert logical_not nan_to_num movedim swapaxes"
-        " narrow index_select abs rsqrt cos sin softplus elu leaky_relu tensor_split zero"
+        " triu clamp pos cumsum flip roll setitem fill zeros_like ones_like invert logical_not nan_to_num movedim"
+        " swapaxes narrow index_select abs rsqrt cos sin softplus elu leaky_relu tensor_split zero"
         " pow rotary alibi".split()
     )
 )
@@ -69,11 +69,20 @@ def is_number(value: Value, depth: int = 0) -> bool:
         return isinstance(value.value, int | float) and not isinstance(value.value, bool)
     if not isinstance(value, Node) or depth > _DEPTH or value.name.startswith("torch."):
         return False
-    if value.op in ("dim", "rank", "config"):
+    if value.op in ("dim", "rank", "config") or _is_factory_argument(value):
         return True
     if value.op == "attr" and value.args and isinstance(value.args[0], Node):
         return is_number(value.args[0], depth + 1) and value.args[0].op in ("config", "attr")
     return value.op in _ARITHMETIC and bool(value.args) and all(is_number(a, depth + 1) for a in value.args)
+
+
+def _is_factory_argument(value: Node) -> bool:
+    """Whether a value was handed to a function that puts a model together: an option, as a constructor's are."""
+    if value.op != "input" or not isinstance(value.node, ast.arg):
+        return False
+    above = value.frame.scope.source.parents
+    function = above.get(above.get(value.node, value.node))
+    return isinstance(function, ast.FunctionDef) and isinstance(above.get(function), ast.Module)
 
 
 _ARITHMETIC = frozenset("add sub mul div floordiv mod pow sqrt neg int float round min max abs merge log exp".split())

@@ -443,6 +443,8 @@ def _einsum_roles(product: Node, softmax: Node, axis: int | None) -> tuple[Opera
     contracted = [c for c in query_letters if c in key_letters and c not in out and c.isalpha()]
     own_query = [c for c in query_letters if c not in key_letters and c in out]
     own_key = [c for c in key_letters if c not in query_letters and c in out]
+    if len(own_query) > 1 and out[-2] in own_query:  # heads that share one key
+        own_query = [out[-2]]
     feature = contracted[0] if len(contracted) == 1 else ""
 
     def operand(place: int, own: list[str]) -> Operand:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import PROGRAMS, Program
 
 from codemods.sdpa import Sdpa
 from modernizer.pipeline import upgrade
@@ -412,3 +413,26 @@ def test_refusal_names_what_was_seen(tmp_path: Path, name: str) -> None:
     [site] = report.sites
     assert site.status is Status.REFUSED
     assert re.search(reason, site.message), site.message
+
+
+def fixture_output(program: Program) -> torch.Tensor:
+    with program.case() as case:
+        return case.call(case.build().double(), tuple(
+            t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in case.inputs()
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("fixture", PROGRAMS, ids=lambda p: p.name)
+def test_fixture_is_rewritten_exactly_or_left_alone(tmp_path: Path, fixture: Program) -> None:
+    copy = fixture.copy(tmp_path)
+    texts = {path: path.read_bytes() for path in copy.folder.rglob("*.py")}
+    report = upgrade(copy.targets, [Sdpa()], {})
+    assert not report.problems
+    with fixture.case() as case:
+        expected = case.EXPECTED["sdpa"]
+    if expected != "apply":
+        assert {path: path.read_bytes() for path in texts} == texts
+        return
+    assert {site.status for site in report.sites} <= {Status.DONE, Status.MODERN}
+    assert Status.DONE in {site.status for site in report.sites}
+    torch.testing.assert_close(fixture_output(copy), fixture_output(fixture), rtol=0, atol=1e-12)
