@@ -252,12 +252,14 @@ class ActivationEdits:
     def _called(self, site: ActivationSite, made: FeedForward, axis: int) -> list[Edit]:
         assert isinstance(site.call, ast.Call)
         call, frame = site.call, site.frame
-        if any(id(v) not in self.uses.activated for v in self.uses.values(call)):
+        if not self._is_in_feed_forwards(call):
             raise Refused("its activation is applied to something else at the same place")
         inside = {id(made.first.value), *map(id, made.nodes)}
         operands = [call.func.value] if isinstance(call.func, ast.Attribute) else []
         operands += [*call.args, *(k.value for k in call.keywords)]
-        read = [p for p in operands if any(id(v) in inside for v in self.uses.values(p, frame))]
+        read = [
+            p for p in operands if any(id(o) in inside for v in self.uses.values(p, frame) for o in alternatives(v))
+        ]
         if len(read) != 1:
             raise Refused("the operand of its activation cannot be told")
         text, imports = self.reference("swiglu", call, frame)
@@ -269,8 +271,13 @@ class ActivationEdits:
             return [Replace(frame.path, parent, f"{read[0].id} = {text}({read[0].id}{rest})\n"), *imports]
         return [Replace(frame.path, call, f"{text}($0{rest})", (read[0],)), *imports]
 
+    def _is_in_feed_forwards(self, call: ast.expr) -> bool:
+        """Whether everything that an expression was ever evaluated to lies in feed-forwards that are changed."""
+        options = [option for value in self.uses.values(call) for option in alternatives(value)]
+        return all(id(option) in self.uses.activated for option in options)
+
     def _in_formula(self, site: ActivationSite, made: FeedForward, axis: int) -> list[Edit]:
-        if any(id(v) not in self.uses.activated for v in self.uses.values(site.call)):
+        if not self._is_in_feed_forwards(site.call):
             raise Refused("its activation is applied to something else at the same place")
         for part in ast.walk(site.call):
             if isinstance(part, ast.Name) and any(

@@ -15,6 +15,9 @@ from modernizer.graph.values import Class, External, Frame, Function, Method, Mo
 from modernizer.model_map.feed_forward import CROSSINGS, FeedForward, FeedForwards
 
 SIZE_ATTRIBUTES = frozenset({"in_features", "out_features", "in_channels", "out_channels"})
+HARMLESS = frozenset(
+    {"device", "dtype", "requires_grad", "is_cuda", "training"}
+)  # attributes that say nothing of sizes
 # Operations that make another tensor's content of a weight, as against filling or measuring the weight.
 MAKES_OF = CROSSINGS | {"cat", "stack", "getitem", "setitem", "add", "scaled_dot_product_attention"}
 
@@ -191,7 +194,7 @@ class Uses:
             seen.add(id(node))
             if node.op in MAKES_OF:
                 return True
-            if node.op in ("shape", "dim") or node.op == "opaque":
+            if node.op in ("shape", "dim", "opaque", "isinstance") or (node.op == "attr" and node.name in HARMLESS):
                 continue
             todo.extend(users(node))
         return False

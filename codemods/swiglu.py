@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from codemods._swiglu_activation import ActivationEdits, ActivationSite, find_activations
 from codemods._swiglu_branches import check_branches, check_reached
-from codemods._swiglu_places import Place, Refused, Uses
+from codemods._swiglu_places import HARMLESS, Place, Refused, Uses
 from codemods._swiglu_torch import TorchEdits, torch_layers
 from modernizer.edit import Edit, Replace
 from modernizer.graph.query import NORMS, location, users
@@ -28,7 +28,6 @@ from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location
 
 PACKAGE = "modernizer.components."
-HARMLESS_ATTRIBUTES = frozenset({"device", "dtype", "requires_grad", "is_cuda", "training"})
 OTHER_NAMES = RELU_FAMILY | {CHOSEN, "silu", "tanh", "sigmoid", "mish", "softplus", "relu6"}
 RETRAIN = "the trained weights of these layers do not fit: train anew, or warm up from the others"
 
@@ -153,18 +152,20 @@ class _Planner:
         inside = {id(n) for n in made.nodes} | {id(made.second.value)}
         for node in (made.first.value, *made.nodes):
             for user in users(node):
-                if id(user) not in inside and not self._is_harmless(user, made.second):
+                if not self._is_harmless(user, made.second, inside):
                     raise Refused("what lies between its projections is used elsewhere too")
         self.uses.check_weights(made)
         check_reached(self.uses, [made.first.module, made.second.module])
 
-    @staticmethod
-    def _is_harmless(user: Node, second: Projection) -> bool:
-        if user.op == "attr":  # of a method only its call counts
-            return user.name in HARMLESS_ATTRIBUTES or not user.users
-        if second.kind == "own" and any(f.receiver is second.module for f in user.frame.outward()):
+    def _is_harmless(self, user: Node, second: Projection, inside: set[int]) -> bool:
+        """Whether a use of what lies between the projections is the second of them, or says nothing of the width."""
+        if id(user) in inside or user.op == "rank":
             return True
-        return user.op == "rank"
+        if user.op == "attr":  # of a method only its call counts
+            return user.name in HARMLESS or not user.users
+        if user.op == "merge":
+            return all(self._is_harmless(u, second, inside) for u in users(user))
+        return second.kind == "own" and any(f.receiver is second.module for f in user.frame.outward())
 
     def _widths(self, made: FeedForward) -> Iterator[Edit]:
         out = self.uses.width(made.first.module, made.first.outputs, "first")
@@ -223,7 +224,7 @@ class _Planner:
             key = made.first.module.call
             if made.gated or made.is_legacy or not names or key in seen:
                 continue
-            if names <= {"silu", "mish", "tanh"}:
+            if names <= {"silu", "mish"}:
                 seen.add(key)
                 reason = f"its activation is {' or '.join(sorted(names))}, not ReLU or GELU"
                 yield Refusal(_location(made), reason, "gate it by hand")

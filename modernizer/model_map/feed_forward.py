@@ -7,11 +7,13 @@ convolutional networks are made of the same operations; the stream tells them ap
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from modernizer.graph import Graph
+from modernizer.graph.machine import Machine
 from modernizer.graph.query import (
     IDENTITY,
     LIKE,
@@ -29,7 +31,7 @@ from modernizer.graph.query import (
     strip_views,
     users,
 )
-from modernizer.graph.values import Const, External, Node, Value
+from modernizer.graph.values import Class, Const, External, Function, Many, Module, Node, Object, Table, Value
 from modernizer.model_map.activation import ELEMENTWISE, RELU_FAMILY, is_gate, name_of
 from modernizer.model_map.attention import PROJECTIONS, AttentionSite
 from modernizer.model_map.map import Evidence, Role
@@ -39,8 +41,17 @@ from modernizer.model_map.projection import Projection, Projections
 CROSSINGS = PROJECTIONS | {"embedding", "conv3d", "conv_transpose1d", "lstm", "gru"}
 PICKS = frozenset({"item", "getitem", "chunk", "split", "narrow", "iter", "unbind", "tensor_split"})
 # An activation that is looked up by a name which the code does not say.
-TABLES = frozenset({"torch", "torch.nn", "torch.nn.functional", "transformers.activations.ACT2FN"})
+PACKAGES = ("torch", "torch.nn", "torch.nn.functional", "transformers.activations")
 CHOSEN, UNKNOWN = "chosen by name", "unknown"
+CARRYING = (
+    ELEMENTWISE
+    | VIEWS
+    | NORMS
+    | frozenset(
+        "where masked_fill setitem index_add index_put index_copy scatter scatter_add stack cat pad roll gelu attr"
+        " addcmul checkpoint lerp fill masked_scatter".split()
+    )
+)
 LARGEST = 120  # nodes between two projections; gelu's formula has ten
 FARTHEST = 4000  # nodes looked at in search of attention
 
@@ -193,7 +204,7 @@ class _Region:
         data = [a for a in call.args if a is not callee]
         if len(data) != 1 or call.kwargs or not isinstance(callee, Node | External):
             raise _NoFeedForward
-        self.lookups.add(CHOSEN if _is_looked_up(callee) else UNKNOWN)
+        self.lookups.add(CHOSEN if _is_looked_up(callee, self.projections.machine) else UNKNOWN)
         return data
 
     def _half(self, value: Node) -> Projection | None:
@@ -205,12 +216,22 @@ class _Region:
         return self.projections.at(inner) if picked else None
 
 
-def _is_looked_up(callee: Value) -> bool:
-    """Whether a callable comes out of one of torch's packages, or of transformers' table, under an open name."""
-    seen = 0
-    while isinstance(callee, Node) and callee.op in ("unknown", "opaque", "getitem") and callee.args and seen < 4:
-        callee, seen = callee.args[0], seen + 1
-    return isinstance(callee, External) and callee.dotted in TABLES
+def _is_looked_up(callee: Value, machine: Machine) -> bool:
+    """Whether a callable comes out of a package or a table of functions, under a name that is open."""
+    steps = 0
+    while isinstance(callee, Node) and callee.op in ("unknown", "opaque", "getitem") and callee.args and steps < 4:
+        callee, steps = callee.args[0], steps + 1
+    if isinstance(callee, External):
+        return callee.dotted in PACKAGES or callee.dotted.startswith("transformers.activations.")
+    if not isinstance(callee, Object) or not isinstance(callee.call, ast.Call):
+        return False
+    given = [value for part in callee.call.args for _, value in machine.at.get(part, ())]
+    return bool(given) and all(isinstance(value, Table) and _holds_callables(value) for value in given)
+
+
+def _holds_callables(table: Table) -> bool:
+    firsts = [v.items[0] if isinstance(v, Many) and v.items else v for v in table.entries.values()]
+    return len(firsts) > 1 and all(isinstance(v, Class | External | Function | Module) for v in firsts)
 
 
 def _before(second: Projection, projections: Projections) -> FeedForward | None:
@@ -232,7 +253,9 @@ def _before(second: Projection, projections: Projections) -> FeedForward | None:
     if leaf is None or leaf is not first.value:
         return None
     if region.lookups:
-        names = frozenset(region.lookups if _keeps_the_width(first, second) else {UNKNOWN})
+        # What else a caller may hand in stands in the place of what is looked up.
+        is_known = CHOSEN in region.lookups and _keeps_the_width(first, second, projections)
+        names = frozenset({CHOSEN if is_known else UNKNOWN})
     elif between:
         names = frozenset(_ops_named(region.nodes.values()))
     else:
@@ -242,9 +265,10 @@ def _before(second: Projection, projections: Projections) -> FeedForward | None:
     return FeedForward(first, second, names, False, list(region.nodes.values()), between)
 
 
-def _keeps_the_width(first: Projection, second: Projection) -> bool:
+def _keeps_the_width(first: Projection, second: Projection, projections: Projections) -> bool:
     """Whether the first projection puts out as many features as the second one takes."""
-    out, into = first.module.args.get(first.outputs), second.module.args.get(second.inputs)
+    out = projections.given(first.module, first.outputs)
+    into = projections.given(second.module, second.inputs)
     return out is not None and into is not None and same_size(out, into)
 
 
@@ -282,11 +306,10 @@ def _is_residual(made: FeedForward) -> bool:
             continue
         seen.add(id(node))
         for user in users(node):
-            if user.op in CROSSINGS or user.op in SHAPES or user.op in ("softmax", "mha"):
-                continue
-            if user.op == "add" and any(_shares(a, origins) for a in user.args[:2] if a is not node):
-                return True
-            todo.append(user)
+            if user.op == "add" and node in user.args and any(_shares(a, origins) for a in user.args if a is not node):
+                return True  # a sum of tuples has the node inside an operand only
+            if _carries(user):
+                todo.append(user)
     return False
 
 
@@ -345,9 +368,16 @@ def _shares(operand: Value, origins: dict[int, Node]) -> bool:
         seen.add(id(node))
         if id(node) in origins:
             return True
-        if node.op not in CROSSINGS and node.op not in SHAPES:
+        if _carries(node):
             todo.extend(inputs(node))
     return False
+
+
+def _carries(node: Node) -> bool:
+    """Whether what comes out is still the stream or a branch of it: no loss, no mean over positions."""
+    if node.op == "opaque":
+        return node.module is None or not node.module.torch_name.startswith("torch.nn.")
+    return node.op in CARRYING
 
 
 def _is_attended(made: FeedForward, cores: dict[int, Node]) -> bool:

@@ -70,6 +70,11 @@ class Projections:
         frame = self.constructions.get(id(origin(module)))
         return next((n for n, v in frame.arguments.items() if v is value), "") if frame and value is not None else ""
 
+    def given(self, module: Module, parameter: str) -> Value | None:
+        """What a module's constructor was given for a parameter."""
+        frame = self.constructions.get(id(origin(module)))
+        return frame.arguments.get(parameter) if frame else module.args.get(parameter)
+
     def _of_torch(self, node: Node) -> Projection | None:
         module = node.module
         if module is None or not node.args or _overrides(module, "forward"):

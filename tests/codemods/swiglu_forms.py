@@ -111,7 +111,56 @@ class Conv1D(nn.Module):
         return x.view(*size)
 """
 
+TABLE = """
+class Activations(OrderedDict):
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+ACT2FN = Activations({"gelu": nn.GELU, "relu": nn.ReLU})
+
+
+class FeedForward(nn.Module):
+    def __init__(self, d, hidden, act):
+        super().__init__()
+        self.fc1 = nn.Linear(d, hidden)
+        if isinstance(act, str):
+            self.act = ACT2FN[act]
+        else:
+            self.act = act
+        self.fc2 = nn.Linear(hidden, d)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+"""
+
+
+def with_setting(text: str, default: str) -> str:
+    """The same model, whose constructor takes `act` and hands it down to the feed-forwards."""
+    return (
+        text.replace("layers=2)", f"layers=2, act={default})")
+        .replace("[Block(d) for", "[Block(d, act) for")
+        .replace("def __init__(self, d):", "def __init__(self, d, act):")
+    )
+
+
 FORMS = {
+    "table of classes by an open name": with_setting(program(TABLE, "FeedForward(d, 4 * d, act)"), "'gelu'"),
+    "function of torch by an open name": with_setting(
+        program(two_linears("self.act(self.fc1(x))", "self.act = getattr(F, dropout)"), "FeedForward(d, 4 * d, act)")
+        .replace("self.drop = nn.Dropout(dropout)", "self.drop = nn.Dropout(0.1)"),
+        "'relu'",
+    ),
+    "class of torch by an open name": with_setting(
+        program(two_linears("self.act(self.fc1(x))", "self.act = getattr(nn, dropout)()"), "FeedForward(d, 4 * d, act)")
+        .replace("self.drop = nn.Dropout(dropout)", "self.drop = nn.Dropout(0.1)"),
+        "'ReLU'",
+    ),
+    "instance as a default": with_setting(
+        program(two_linears("self.act(self.fc1(x))", "self.act = dropout"), "FeedForward(d, 4 * d, act)")
+        .replace("self.drop = nn.Dropout(dropout)", "self.drop = nn.Dropout(0.1)"),
+        "nn.GELU()",
+    ),
     "relu function": program(two_linears("F.relu(self.fc1(x))")),
     "torch.relu": program(two_linears("torch.relu(self.fc1(x))")),
     "relu method": program(two_linears("self.fc1(x).relu()")),

@@ -308,7 +308,24 @@ class Layer(nn.TransformerEncoderLayer):
     ),
 }
 
+HEAD_AND_ATTENTION = changed(
+    program("", "nn.Identity()"),
+    "self.head = nn.Linear(d, vocab)",
+    "self.head = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, vocab))",
+    "return x + self.ff(self.norm2(x))",
+    "return self.norm2(x)",
+)
+
 UNTOUCHED = {
+    "head": HEAD_AND_ATTENTION,
+    "head whose loss is added to another": changed(
+        HEAD_AND_ATTENTION,
+        "return self.head(x)",
+        "return F.cross_entropy(self.head(x).transpose(1, 2), ids) + x.pow(2).mean()",
+    ),
+    "head in a tuple that is joined": changed(
+        HEAD_AND_ATTENTION, "return self.head(x)", "return ((self.head(x),) + (x,))[0]"
+    ),
     "leaky relu of slope one": program(two_linears("F.leaky_relu(self.fc1(x), True)")),
     "squared relu": program(two_linears("F.relu(self.fc1(x)).square()")),
     "projection used transposed": program(
