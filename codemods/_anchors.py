@@ -187,9 +187,9 @@ def _unwrap_once(code: Code, part: Part, contexts: Sequence[Context]) -> Part | 
         return Part(receiver, part.time, part.feature)
     if name in ("transpose", "swapaxes") and len(arguments) == 2:
         return _transposed(code, part, receiver, arguments, contexts)
-    if name == "permute" and [_int(code.value(a, contexts[0].frame)) for a in arguments] in ([0, 1, 3, 2], [0, 2, 1]):
-        if {part.time, part.feature} == {-1, -2}:
-            return Part(receiver, part.feature, part.time)
+    swaps_last = [_int(code.value(a, contexts[0].frame)) for a in arguments] in ([0, 1, 3, 2], [0, 2, 1])
+    if name == "permute" and swaps_last and {part.time, part.feature} == {-1, -2}:
+        return Part(receiver, part.feature, part.time)
     return None
 
 
@@ -335,9 +335,9 @@ def told_by_arguments(anchor: Anchor) -> str | None:
     function = anchor.function.node
     names = [a.arg for a in [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]]
     for name in names:
-        if all(is_none(c.frame.arguments[name]) == c.changes for c in anchor.contexts):
-            if all(isinstance(c.frame.arguments[name], Node) for c in anchor.contexts if not c.changes):
-                return f"{name} is None"
+        given = [(c.frame.arguments[name], c.changes) for c in anchor.contexts]
+        if all(is_none(value) if changes else isinstance(value, Node) for value, changes in given):
+            return f"{name} is None"
     for first, second in _pairs(names):
         same = [c.frame.arguments[first] is c.frame.arguments[second] for c in anchor.contexts]
         both = all(isinstance(c.frame.arguments[n], Node) for c in anchor.contexts for n in (first, second))

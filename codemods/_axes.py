@@ -32,8 +32,8 @@ def check_axes(survey: Survey, group: Group) -> None:
         for context in group.changed:
             if _disagrees(context, axes):
                 raise Cannot(
-                    "positions run along another axis of the stream than the one this attention attends over: one of the"
-                    " two is not what it seems",
+                    "positions run along another axis of the stream than the one this attention attends over:"
+                    " one of the two is not what it seems",
                     place(context),
                     "look at batch_first, or at the order of batch and time",
                 )

@@ -182,7 +182,7 @@ def _container(code: Code, contexts: Sequence[Context]) -> Module | None:
 
 
 def _is_split(code: Code, contexts: Sequence[Context]) -> bool:
-    """Whether the modules of the list are heads of one attention (their outputs joined), not layers one after another."""
+    """Whether the modules of the list are heads of one attention, which read one input, not layers in a row."""
     sources: dict[int, set[int]] = {}
     for context in contexts:
         named = code.self_name(context.frame)
@@ -225,7 +225,8 @@ def _per_head(code: Code, parts: Parts, anchor: Anchor, container: Module) -> li
         parts.component, function if isinstance(function, ast.FunctionDef) else None
     )
     listed = f"{named[0]}.{container.name}"
-    loop = f"for index, head in enumerate({listed}):\n    head.{parts.attribute} = {reference}(len({listed}), head=index)\n"
+    made = f"head.{parts.attribute} = {reference}(len({listed}), head=index)"
+    loop = f"for index, head in enumerate({listed}):\n    {made}\n"
     self_name = code.self_name(anchor.frame)
     assert self_name is not None
     holder = Replace(

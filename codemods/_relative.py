@@ -181,8 +181,9 @@ def _root(module: Module) -> Module:
 def _check_torch(survey: Survey, context: Attention, module: Module) -> None:
     call = _root(module).call
     if module.cls is not None:
+        base = module.torch_name.rpartition(".")[2]
         raise Cannot(
-            f"{module.cls.name} is built on torch's {module.torch_name.rpartition('.')[2]} and may override what it does",
+            f"{module.cls.name} is built on torch's {base} and may override what it does",
             place(context), "use torch's layer itself, or write the attention out",
         )  # fmt: skip
     if not is_torch(module, *DROP_INS) or not isinstance(call, ast.Call):
@@ -199,24 +200,21 @@ def _check_torch(survey: Survey, context: Attention, module: Module) -> None:
         module.args.get(n) for n in (("embed_dim", "num_heads") if short == DROP_INS[0] else ("d_model", "nhead"))
     )
     if (
-        isinstance(dim, Const)
-        and isinstance(heads, Const)
-        and isinstance(dim.value, int)
-        and isinstance(heads.value, int)
+        (
+            isinstance(dim, Const)
+            and isinstance(heads, Const)
+            and isinstance(dim.value, int)
+            and isinstance(heads.value, int)
+        )
+        and heads.value
+        and (dim.value // heads.value) % 2
     ):
-        if heads.value and (dim.value // heads.value) % 2:
-            raise Cannot(f"heads of {dim.value // heads.value} features: pairs of features are rotated", place(context))
-    unchanged = [
-        c for c in survey.contexts
-        if not survey_changes(survey, c) and any(_root(m).call is call for m in torch_modules(c)) and c.form != "torch_layer"
-    ]  # fmt: skip
+        raise Cannot(f"heads of {dim.value // heads.value} features: pairs of features are rotated", place(context))
+    own = [c for c in survey.contexts if c.form == "mha" and any(_root(m).call is call for m in torch_modules(c))]
+    unchanged = [c for c in own if not _is_wanted(survey, c)]
     if unchanged:
         raise Cannot("modules made by one constructor call attend both to their own sequence and to another's",
                      place(unchanged[0]))  # fmt: skip
-
-
-def survey_changes(survey: Survey, context: Attention) -> bool:
-    return any(survey.reaches(p, context) for site in survey.positions for p in site.contexts)
 
 
 def _drop_in(survey: Survey, removal: Removal, call: ast.Call, module: Module, kind: Kind) -> list[Edit]:
@@ -252,8 +250,9 @@ def review(before: ModelMap, after: ModelMap, kind: Kind, upgrades: Sequence[obj
         return "there are not as many attentions as before"
     if [c.kind for c in old.contexts] != [c.kind for c in new.contexts]:
         return "an attention changed between attending to its own sequence and to another"
-    if have - had + len(left) < wanted:
-        return f"{wanted} attentions should have relative positions or keep absolute ones, only {have - had + len(left)} do"
+    settled = have - had + len(left)
+    if settled < wanted:
+        return f"{wanted} attentions should have relative positions or keep absolute ones, only {settled} do"
     for context in new.contexts:
         if context.form not in ("mha", "torch_layer") and new.rotates_one(context):
             return f"only one of query and key is rotated at {place(context)}"

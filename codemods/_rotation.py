@@ -103,7 +103,7 @@ class _Writer:
             text = self._rotated(hole, part, offset)
             if test:
                 if not isinstance(part.expr, ast.Name):
-                    raise Cannot("query or key is computed inside the product, in a class that serves other sequences too",
+                    raise Cannot("query or key is computed inside the product, in a class that serves others too",
                                  place(self.anchor.contexts[0].attention))  # fmt: skip
                 text = f"({text} if {test} else $0)"
             made.append(Replace(self.path, part.expr, text, (part.expr,)))

@@ -197,8 +197,8 @@ class Survey:
             ):
                 found[node.node] = Refusal(
                     location(node.node, node.frame),
-                    "numbers that the caller passes are embedded and added to several streams that share a sequence: they"
-                    " count steps, not tokens, and distances between tokens are not the same",
+                    "numbers that the caller passes are embedded and added to several streams that share a sequence:"
+                    " they count steps, not tokens, and distances between tokens are not the same",
                 )
         return list(found.values())
 
@@ -441,9 +441,9 @@ def _has_unread_option(stream: Value) -> bool:
             options = [a for a in node.args if isinstance(a, Node)]
             for option in options:
                 inner = strip_views(option)
-                if isinstance(inner, Node) and inner.op == "opaque" and "." in inner.name:
-                    if any(other in inner.args for other in options):
-                        return True
+                is_unread = isinstance(inner, Node) and inner.op == "opaque" and "." in inner.name
+                if is_unread and any(other in inner.inputs for other in options):
+                    return True
     return False
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from codemods._survey import Cannot, Group, place
 from modernizer.graph.query import alternatives, location
-from modernizer.graph.values import Frame, Many, Node, Value
+from modernizer.graph.values import Frame, Many, Module, Node, Value
 from modernizer.model_map.position import Position, PositionSite, content_inputs
 from modernizer.removal import Removal, is_pure
 
@@ -19,6 +19,8 @@ def take_out(removal: Removal, group: Group) -> None:
     for site in group.positions:
         _take_out_site(removal, group, site)
     removal.settle()
+    while _stop_passing(removal):
+        removal.settle()
     _check_learned(removal, group)
 
 
@@ -34,7 +36,7 @@ def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> None:
         return
     if stays:
         raise Cannot(
-            f"what adds positions here also serves where no attention follows ({place(stays[0])}), and does more than add",
+            "what adds positions here also serves where no attention follows, and does more than add",
             place(gone[0]), "give the two uses a class each",
         )  # fmt: skip
     _take_out_sum(removal, gone)
@@ -170,6 +172,25 @@ def _value(removal: Removal, node: ast.expr, frame: Frame, wanted: Value | None 
     return found[-1] if found else None
 
 
+# -- positions that are handed on
+
+
+def _stop_passing(removal: Removal) -> bool:
+    """Calls no longer hand in what only served the positions. The parameter stays: others may call the function too."""
+    changed = False
+    for frame in removal.graph.machine.frames:
+        if frame.function is None or not isinstance(frame.call, ast.Call) or frame.caller is None:
+            continue
+        for name in removal.unread_parameters(frame.function.node):
+            argument = _argument_of(frame.call, frame, name)
+            if argument is None or isinstance(argument, ast.Constant) or not removal.knows(argument):
+                continue
+            if removal.path(argument) in removal.named and not removal.is_gone(argument):
+                removal.replace(argument, "None")
+                changed = True
+    return changed
+
+
 # -- what must not be left behind
 
 
@@ -178,6 +199,8 @@ def _check_learned(removal: Removal, group: Group) -> None:
     for position in group.removed:
         for table in _tables(position.term):
             for reader, frame in removal.graph.machine.reads.get(id(table), ()):
+                if _is_made_no_more(removal, frame):
+                    continue
                 if (
                     isinstance(reader, ast.Attribute)
                     and isinstance(reader.ctx, ast.Load)
@@ -187,6 +210,12 @@ def _check_learned(removal: Removal, group: Group) -> None:
                         f"the positions are learned, and their table `{reader.attr}` is read for something else too",
                         location(reader, frame), "give the other use a table of its own",
                     )  # fmt: skip
+
+
+def _is_made_no_more(removal: Removal, frame: Frame) -> bool:
+    """Whether code ran on a module that is constructed no longer."""
+    made = frame.receiver.call if isinstance(frame.receiver, Module) else None
+    return made is not None and removal.knows(made) and removal.is_gone(made)
 
 
 def _tables(term: Value) -> list[Value]:

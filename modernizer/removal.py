@@ -58,6 +58,7 @@ class Removal:
         self.mentions: list[Location] = []  # where a string still names something that is gone
         self.kept_readers: dict[ast.AST, list[Location]] = {}
         self.gone_attributes: list[Attribute] = []
+        self._parameters: dict[ast.FunctionDef, dict[str, list[ast.Name]]] = {}
 
     # -- what goes
 
@@ -173,21 +174,48 @@ class Removal:
         assert source is not None
         return source.location(node)
 
+    def knows(self, node: ast.AST) -> bool:
+        """Whether a node is part of a file as it stands (some are made up while a program is executed)."""
+        return node in self._parents
+
+    def unread_parameters(self, function: ast.AST) -> list[str]:
+        """The parameters of a function that were read by what has gone, and are by nothing that stays."""
+        if not isinstance(function, ast.FunctionDef) or not self.knows(function):
+            return []
+        if function not in self._parameters:
+            names = {a.arg for a in [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]}
+            loads: dict[str, list[ast.Name]] = {name: [] for name in names}
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name) and node.id in loads:
+                    loads[node.id].append(node)
+            self._parameters[function] = loads
+        return [
+            name
+            for name, loads in self._parameters[function].items()
+            if loads
+            and all(self.is_gone(n) or self._asks_for_none(n) for n in loads)
+            and any(self.is_gone(n) for n in loads)
+        ]
+
+    def _asks_for_none(self, node: ast.Name) -> bool:
+        above = self.parent(node)
+        return isinstance(above, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in above.ops)
+
     # -- to the fixpoint
 
     def settle(self) -> None:
         """Lets go of everything that only served what has gone."""
         tried: set[tuple[Entity | tuple[Path, str], int]] = set()
         while True:
-            size = len(self.dropped)
+            size = len(self.dropped) + len(self.replaced)
             for entity in self._read_by_gone():
-                if (entity, len(self.dropped)) not in tried:
-                    tried.add((entity, len(self.dropped)))
+                if (entity, len(self.dropped) + len(self.replaced)) not in tried:
+                    tried.add((entity, len(self.dropped) + len(self.replaced)))
                     self._try(entity)
             self._fold_empty()
-            if len(self.dropped) == size:
+            if len(self.dropped) + len(self.replaced) == size:
                 self._drop_definitions()
-                if len(self.dropped) == size:
+                if len(self.dropped) + len(self.replaced) == size:
                     return
 
     def _gone_nodes(self) -> Iterator[ast.AST]:
@@ -255,13 +283,29 @@ class Removal:
                 if serving is not None:
                     statements[serving] = None
                 elif isinstance(getattr(node, "ctx", None), ast.Store) and isinstance(entity, Local):
-                    continue  # one of several targets: it stays, unread
+                    self._unpack_less(node, entities)  # one of several targets: else it stays, unread
                 elif depth == 0 and (wider := self._with_companions(node, entities)) is not None:
                     return wider
                 else:
                     self.kept_readers.setdefault(node, []).append(self.location(node))
                     return None
         return [s for s in statements if not any(a in statements for a in self.above(s))]
+
+    def _unpack_less(self, node: ast.AST, entities: set[Entity]) -> None:
+        """`a, b = f(x), g(x)` without one of its parts."""
+        statement = self.statement(node)
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or statement in self.replaced:
+            return
+        target, value = statement.targets[0], statement.value
+        if not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple) or len(target.elts) != len(value.elts):
+            return
+        if any(isinstance(e, ast.Starred) for e in [*target.elts, *value.elts]):
+            return
+        kept = [(t, v) for t, v in zip(target.elts, value.elts, strict=True) if not self._is_target(t, entities)]
+        gone = [v for t, v in zip(target.elts, value.elts, strict=True) if self._is_target(t, entities)]
+        if kept and gone and all(is_pure(v) for v in gone):
+            names = ", ".join(ast.unparse(t) for t, _ in kept)
+            self.replace(statement, f"{names} = {', '.join(f'${i}' for i in range(len(kept)))}\n", [v for _, v in kept])
 
     def _with_companions(self, node: ast.AST, entities: set[Entity]) -> list[ast.stmt] | None:
         """A variable assigned from an entity and used for nothing else goes with it (`angle` in a loop that fills
@@ -324,7 +368,7 @@ class Removal:
         return self._entity(target, entities)
 
     def _entity(self, node: ast.expr, entities: set[Entity]) -> bool:
-        """Whether an expression is one of the entities or reaches into one: `pe`, `pe[:, 0::2]`, `self.pos.weight.data`."""
+        """Whether an expression is one of the entities or reaches into one: `pe`, `pe[:, 0::2]`, `self.pos.weight`."""
         current: ast.expr = node
         while True:
             if any(self._is(current, entity) for entity in entities):
@@ -365,7 +409,7 @@ class Removal:
         return bool(names & bases)
 
     def _fills(self, node: ast.expr, entities: set[Entity]) -> bool:
-        """`nn.init.normal_(table)`, `table.fill_(0)`, `self.register_buffer("pe", pe)`, `trunc_normal_(self.pos, std=.02)`."""
+        """`nn.init.normal_(table)`, `table.fill_(0)`, `self.register_buffer("pe", pe)`, `trunc_normal_(self.pos)`."""
         if isinstance(node, ast.Constant):
             return False
         if not isinstance(node, ast.Call):
@@ -424,9 +468,9 @@ class Removal:
                 if all(s in self.dropped or isinstance(s, ast.Pass) for s in [*above.body, *above.orelse]):
                     self.drop(above)
             elif isinstance(above, ast.For | ast.With) and above not in self.dropped:
-                if all(s in self.dropped or isinstance(s, ast.Pass) for s in above.body):
-                    if isinstance(above, ast.With) or (is_pure(above.iter) and not above.orelse):
-                        self.drop(above)
+                is_empty = all(s in self.dropped or isinstance(s, ast.Pass) for s in above.body)
+                if is_empty and (isinstance(above, ast.With) or (is_pure(above.iter) and not above.orelse)):
+                    self.drop(above)
 
     def _drop_mentions(self, name: str) -> None:
         """Takes the name of a parameter out of lists such as those without weight decay."""
@@ -501,9 +545,8 @@ class Removal:
             if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
                 if not self.is_gone(node) and not self._inside(node, definition):
                     return True
-            elif isinstance(node, ast.Constant) and node.value == name and not isinstance(self.parent(node), ast.Expr):
-                if not self.is_gone(node):
-                    return True  # `__all__`
+            elif isinstance(node, ast.Constant) and node.value == name and not self.is_gone(node):
+                return True  # `__all__`
         return self._is_imported(path, name) or self._is_named_elsewhere(path, name)
 
     def _is_imported(self, path: Path, name: str) -> bool:
@@ -514,7 +557,8 @@ class Removal:
                     if imports and self.project.find_module(other, statement.module or "", statement.level) == path:
                         return True
                 elif isinstance(statement, ast.Attribute) and statement.attr == name and other != path:
-                    if isinstance(statement.value, ast.Name) and statement.value.id == path.stem:
+                    holder = statement.value
+                    if isinstance(holder, ast.Name | ast.Attribute) and _last_name(holder) == path.stem:
                         return True
         return False
 
@@ -561,6 +605,10 @@ class Removal:
                     return
         if len(definitions) == 1 and definitions[0] not in self.dropped and not name.startswith("__"):
             self.drop(definitions[0])
+
+
+def _last_name(node: ast.Name | ast.Attribute) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr
 
 
 def files_around(project: Project) -> list[Path]:

@@ -119,7 +119,7 @@ class Contents:
         return self._kinds[id(value)]
 
     def _kind(self, value: Value) -> str:
-        found = {"range": False, "wave": False, "learned": False, "table": False, "mask": False}
+        found: set[str] = set()
         seen: set[int] = set()
         todo: list[Node] = [leaf for leaf in flatten(value) if isinstance(leaf, Node)]
         while todo:
@@ -127,28 +127,46 @@ class Contents:
             if id(node) in seen or node.op in SHAPES or node.op in COMPARISONS:
                 continue
             seen.add(id(node))
-            if node.op in RANGES:
-                found["range"] = True
-            elif node.op in WAVES:
-                found["wave"] = True
-            elif node.op == "embedding" and is_torch(node.module, "Embedding") and node.args:
-                if self._kind(node.args[0]):
-                    found["range"] = found["learned"] = True
-                continue
-            elif node.op == "parameter" and node.module is None and is_table(node):
-                found["learned"] = True
-            elif node.op in ("tril", "triu", "masked_fill"):
-                found["mask"] = True
-            elif (node.op == "slice" or node.op == "setitem") and node.op == "setitem":
-                found["table"] = True
-            todo.extend(inputs(node) if node.op == "parameter" else content_inputs(node))
-        if found["mask"] and not found["wave"]:
-            return ""
-        if found["learned"]:
+            found.add(self._evidence(node))
+            if not (node.op == "embedding" and is_torch(node.module, "Embedding")):
+                todo.extend(inputs(node) if node.op == "parameter" else content_inputs(node))
+        if "learned" in found:
             return "learned"
-        if found["wave"] and (found["range"] or found["table"]):
+        if "wave" in found and found & {"range", "filled"}:
             return "sinusoid"
-        return "table" if found["range"] else ""
+        if "mask" in found:
+            return ""
+        return "table" if found & {"range", "by hand"} else ""
+
+    def _evidence(self, node: Node) -> str:
+        """What one operation says about how places are told apart."""
+        if node.op in RANGES:
+            return "range"
+        if node.op in WAVES:
+            return "wave"
+        if node.op == "embedding" and is_torch(node.module, "Embedding") and node.args:
+            return "learned" if self._kind(node.args[0]) else ""
+        if node.op == "parameter" and node.module is None and is_table(node):
+            return "learned"
+        if node.op in ("tril", "triu", "masked_fill"):
+            return "mask"
+        if node.op == "setitem":
+            return "by hand" if _is_filled_by_hand(node) else "filled"
+        return ""
+
+
+def _is_filled_by_hand(node: Node) -> bool:
+    """Whether a table was made of zeros by putting numbers in, cell by cell."""
+    cells: set[tuple[object, ...]] = set()
+    current: Value = node
+    while isinstance(current, Node) and current.op == "setitem" and len(current.args) == 3:
+        index = current.args[1]
+        parts = index.items if isinstance(index, Many) else [index]
+        if len(parts) < 2 or not all(isinstance(p, Const) for p in parts):
+            return False
+        cells.add(tuple(p.value for p in parts if isinstance(p, Const)))
+        current = current.args[0]
+    return len({cell[0] for cell in cells}) > 1 and isinstance(current, Node) and current.op in ("zeros", "empty")
 
 
 def content_inputs(node: Node) -> list[Node]:
@@ -215,7 +233,7 @@ def _fills_parameter(node: Node) -> bool:
 
 
 def _is_pure(node: Node) -> bool:
-    """Whether an unknown function of content-free things is surely content-free: numpy's and torch's, no data source."""
+    """Whether an unknown function of content-free things is surely content-free: one of numpy or torch."""
     return node.name.startswith(("torch.", "numpy.", "math.", "builtins."))
 
 

@@ -1,4 +1,4 @@
-"""What the tests of `rope` and `alibi` share: apply a rule to a program, load the result, look at what the model does."""
+"""What the tests of `rope` and `alibi` share: apply a rule, load the result, look at what the model does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small transformers that tell positions and attend in the ways met in the wild: inputs of the tests of `rope` and `alibi`.
+"""Small transformers that tell positions and attend in the ways met in the wild: what `rope` and `alibi` rewrite.
 
 Every program has `build()`, which gives a model in eval mode from tokens `[batch, time]` to `[batch, time, words]`.
 """

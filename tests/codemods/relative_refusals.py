@@ -1,4 +1,4 @@
-"""Programs in which `rope` and `alibi` must leave every byte alone: name -> (source, a part of what is said about it)."""
+"""Programs in which `rope` and `alibi` must leave every byte alone: name -> (source, part of what is said)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ REFUSED = {
     ),
     "a_subclass_of_torchs_layer": (
         whole(
-            "class Layer(nn.TransformerEncoderLayer):\n    def _sa_block(self, x, *args, **kwargs):\n        return x\n",
+            "class Layer(nn.TransformerEncoderLayer):\n    def _sa_block(self, x, *args, **kw):\n        return x\n",
             TORCH_MODEL.replace("@layer", "Layer(DIM, HEADS, batch_first=True)"),
         ),
         "built on torch's",
@@ -212,7 +212,8 @@ KEPT = {
         class Model(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.tokens, self.position, self.net = nn.Embedding(WORDS, DIM), PositionalEncoding(DIM), nn.Linear(DIM, DIM)
+                self.tokens, self.net = nn.Embedding(WORDS, DIM), nn.Linear(DIM, DIM)
+                self.position = PositionalEncoding(DIM)
 
             def forward(self, ids):
                 return self.net(self.position(self.tokens(ids))).relu()

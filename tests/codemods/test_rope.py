@@ -8,6 +8,7 @@ import pytest
 import torch
 from programs import PROGRAMS, Program, program
 from relative_checks import check_relative, example_of, feels_order, loaded, rewritten, tokens
+from relative_forms import MORE
 from relative_programs import ATTENTION, HEAD, by_attention, by_position, programs
 from relative_refusals import KEPT, REFUSED
 
@@ -19,9 +20,9 @@ from modernizer.report import Status
 PAGE = Path(codemods.__file__).with_name("rope.md")
 
 
-@pytest.mark.parametrize("name", programs())
+@pytest.mark.parametrize("name", programs() | MORE)
 def test_positions_become_rotations(tmp_path: Path, name: str) -> None:
-    before = programs()[name]
+    before = (programs() | MORE)[name]
     after, _ = rewritten(tmp_path, before, Rope())
     assert "rotary=True" in after or "RotaryEmbedding(" in after
     check_relative(tmp_path, before, after)
