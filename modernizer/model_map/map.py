@@ -93,9 +93,9 @@ class ModelMap:
     @cached_property
     def roles(self) -> Sequence[Role]:
         """Every recognised part, in the order of files and lines."""
-        from modernizer.model_map import feed_forward
+        from modernizer.model_map import feed_forward, position
 
-        found = [*feed_forward.roles(self.feed_forwards)]
+        found = [*feed_forward.roles(self.feed_forwards), *position.roles(self.positions)]
         return sorted(found, key=lambda role: (str(role.location.path), role.location.line, role.location.column))
 
 

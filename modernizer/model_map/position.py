@@ -6,10 +6,14 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from modernizer.graph import Graph
-from modernizer.graph.query import LIKE, SHAPES, VIEWS, inputs, is_torch, strip_views, through
+from modernizer.graph.query import LIKE, SHAPES, VIEWS, class_of, inputs, is_torch, location, strip_views, through
 from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
+
+if TYPE_CHECKING:
+    from modernizer.model_map.map import Role
 
 RANGES = frozenset("arange linspace range cumsum".split())
 WAVES = frozenset("sin cos polar".split())
@@ -298,4 +302,16 @@ def flatten_all(node: Node) -> Iterator[Value]:
         yield from flatten(part)
 
 
-__all__ = ["Contents", "Position", "PositionSite", "find_positions", "is_score", "is_table"]
+def roles(sites: Sequence[PositionSite]) -> Iterator[Role]:
+    """One role for each place that adds positions."""
+    from modernizer.model_map.map import Evidence, Role
+
+    for site in sites:
+        at = location(site.node, site.frame)
+        owner = class_of(site.frame)
+        kinds = " or ".join(sorted({context.kind for context in site.contexts}))
+        sentence = f"adds something made of places alone ({kinds}) to something made of content"
+        yield Role("position", at, owner.name if owner else "", (Evidence(at, sentence),))
+
+
+__all__ = ["Contents", "Position", "PositionSite", "find_positions", "is_score", "is_table", "roles"]
