@@ -215,21 +215,20 @@ class TorchEdits:
                 raise Refused(f"the width of `{name}` of torch's layer is read elsewhere")
             if any(id(v) not in used for v in self.uses.results.get(id(part), ())):
                 raise Refused(f"`{name}` of torch's layer is called outside of its feed-forward")
-        for read in self._reads_of_activation(layer):
-            if read.attr == "activation" and not self._is_called(read):
-                raise Refused("the activation of torch's layer is read outside of its feed-forward")
+        if self._is_read_elsewhere(layer):
+            raise Refused("the activation of torch's layer is read outside of its feed-forward")
 
     def _is_layers_own(self, node: Node) -> bool:
         """Whether an activation is `self.activation(…)` or lies in torch's `_ff_block`."""
         func = node.node.func if isinstance(node.node, ast.Call) else None
         return node.module is None and isinstance(func, ast.Attribute) and func.attr in ("activation", "_ff_block")
 
-    def _reads_of_activation(self, layer: Module) -> Iterator[ast.Attribute]:
-        value = layer.attributes["activation"]
-        for syntax, _ in self.uses.machine.reads[id(value)]:
-            if isinstance(syntax, ast.Attribute) and any(v is layer for v in self.uses.values(syntax.value)):
-                yield syntax
-
-    def _is_called(self, read: ast.Attribute) -> bool:
-        values = [node for node, _ in self.uses.machine.reads[id(read)]]
-        return not values and any(isinstance(node, ast.Call) and node.func is read for node in self.uses.machine.at)
+    def _is_read_elsewhere(self, layer: Module) -> bool:
+        """Whether the layer's activation is read other than to call it."""
+        found: list[Value] = []
+        for syntax, frame in self.uses.machine.reads[id(layer.attributes["activation"])]:
+            parent = frame.scope.source.parents.get(syntax)
+            is_called = isinstance(parent, ast.Call) and parent.func is syntax
+            if isinstance(syntax, ast.Attribute) and syntax.attr == "activation" and not is_called:
+                found.extend(self.uses.values(syntax.value, frame))
+        return any(value is layer for value in found)

@@ -298,6 +298,17 @@ class Layer(nn.TransformerEncoderLayer):
         with_layers(OWN_LAYER, changed(OWN_FORWARD, "self.activation(", "F.relu(")),
         "parts alone",
     ),
+    "activation of a subclass handed on": (
+        with_layers(
+            OWN_LAYER,
+            changed(
+                OWN_FORWARD,
+                "        return self.norm2",
+                "        self.kept = self.activation\n        return self.norm2",
+            ),
+        ),
+        "read outside",
+    ),
     "parts reached from outside": (
         with_layers(
             stack("nn.TransformerEncoderLayer(d, 2, 64, batch_first=True)"),
