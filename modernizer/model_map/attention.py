@@ -20,8 +20,6 @@ from modernizer.graph.query import (
     NORMS,
     SHAPES,
     VIEWS,
-    ancestors,
-    data_ancestors,
     inputs,
     is_const,
     is_none,
@@ -44,7 +42,8 @@ _SCORE_STEPS = frozenset(
 )
 # What may lie between the softmax and the product with the value.
 _WEIGHT_STEPS = IDENTITY | frozenset(
-    "masked_fill mul div where nan_to_num setitem add sub tril triu clamp conv2d batch_norm instance_norm relu pow".split()
+    "masked_fill mul div where nan_to_num setitem add sub tril triu clamp conv2d batch_norm instance_norm relu"
+    " pow".split()
 )
 _WEIGHT_VIEWS = VIEWS - IDENTITY
 
@@ -170,12 +169,13 @@ def find_attentions(graph: Graph) -> list[AttentionSite]:
     """Every attention of a program, in the order of files and lines."""
     sites: dict[ast.AST, AttentionSite] = {}
     seen: dict[int, Attention] = {}
+    facts = _Facts(graph)
     for node in graph.machine.nodes:
-        for found in _recognised(node):
+        for found in _recognised(node, facts):
             if id(found.scores) in seen or not isinstance(found.scores.node, ast.expr):
                 continue
             seen[id(found.scores)] = found
-            _add_sources(found)
+            _add_sources(found, facts)
             site = sites.setdefault(found.scores.node, AttentionSite(found.scores.node, found.frame.path))
             site.contexts.append(found)
     for site in sites.values():
@@ -183,9 +183,9 @@ def find_attentions(graph: Graph) -> list[AttentionSite]:
     return sorted(sites.values(), key=lambda s: (str(s.path), s.node.lineno, s.node.col_offset))
 
 
-def _recognised(node: Node) -> Iterator[Attention]:
+def _recognised(node: Node, facts: _Facts) -> Iterator[Attention]:
     if node.op == "softmax" and node.args:
-        yield from _manual(node)
+        yield from _manual(node, facts)
     elif node.op == "scaled_dot_product_attention" and len(node.args) >= 3:
         q, k, v = (Operand(a, -2, -1) for a in node.args[:3])
         yield Attention(node.frame, node, None, node, "sdpa", q, k, v, rank=rank(node.args[0]))
@@ -200,9 +200,9 @@ def _recognised(node: Node) -> Iterator[Attention]:
 # -- hand-written attention
 
 
-def _manual(softmax: Node) -> Iterator[Attention]:
+def _manual(softmax: Node, facts: _Facts) -> Iterator[Attention]:
     paths = _score_paths(softmax.args[0])
-    products = [p for p in paths if _is_content_product(p)]
+    products = [p for p in paths if _is_content_product(p, facts)]
     outputs = _value_products(softmax)
     if not products or not outputs:
         return
@@ -271,13 +271,13 @@ def _score_paths(value: Value) -> dict[Node, set[int]]:
     return found
 
 
-def _is_content_product(product: Node) -> bool:
+def _is_content_product(product: Node, facts: _Facts) -> bool:
     """Whether both factors are made of the input or projected, and one at least is projected: not a linear layer
     written as a product, not a table of positions, not the outer product of a mask with itself."""
     operands = _operands(product)
-    if operands is None or not all(_has_content(o) or _is_projected(o) for o in operands):
+    if operands is None or not all(facts.has_content(o) or facts.is_projected(o) for o in operands):
         return False
-    return any(_is_projected(o) or _is_made_by(o, _LEARNED) for o in operands)
+    return any(facts.is_projected(o) or facts.is_learned(o) for o in operands)
 
 
 def _operands(product: Node) -> tuple[Value, Value] | None:
@@ -307,31 +307,49 @@ def _letters(product: Node) -> tuple[str, str, str] | None:
     return parts[0], parts[1], out
 
 
-CONTENT = frozenset("input embedding linear conv1d conv2d layer_norm opaque unknown iter attr".split())
-
-
-def _has_content(value: Value) -> bool:
-    found = ancestors(value, lambda node: node.op in SHAPES or node.op in LIKE or node.op == "parameter")
-    return any(node.op in CONTENT and not _is_learned_table(node) for node in found.values())
-
-
-def _is_learned_table(node: Node) -> bool:
-    """An embedding looked up at positions, or a constant: it says nothing about the input."""
-    if node.op != "embedding":
-        return node.op == "attr" and node.name == "training"
-    below = data_ancestors(node.args[0]) if node.args else {}
-    return not any(n.op in ("input", "opaque", "unknown") for n in below.values())
-
-
+_CONTENT = frozenset("input embedding linear conv1d conv2d layer_norm opaque unknown iter attr".split())
 _LEARNED = frozenset("parameter embedding layer_norm opaque".split())
+_OPEN = frozenset("input opaque unknown".split())
+_HAS_CONTENT, _IS_PROJECTED, _IS_LEARNED, _IS_OPEN = 1, 2, 4, 8
 
 
-def _is_projected(value: Value) -> bool:
-    return _is_made_by(value, PROJECTIONS)
+class _Facts:
+    """What every datum of a program is made of, in one pass in the order of execution."""
 
+    def __init__(self, graph: Graph) -> None:
+        self._bits: dict[int, int] = {}
+        for node in graph.machine.nodes:
+            self._bits[id(node)] = self._of(node)
 
-def _is_made_by(value: Value, ops: frozenset[str]) -> bool:
-    return any(node.op in ops for node in data_ancestors(value).values())
+    def _of(self, node: Node) -> int:
+        if node.op in SHAPES or node.op in LIKE:
+            return 0
+        bits = 0
+        for part in inputs(node):
+            bits |= self._bits.get(id(part), 0)
+        if node.op == "parameter":
+            bits &= ~_HAS_CONTENT
+        is_place = node.op == "embedding" and not bits & _IS_OPEN  # looked up at positions
+        if node.op in _CONTENT and not is_place and not (node.op == "attr" and node.name == "training"):
+            bits |= _HAS_CONTENT
+        if node.op in PROJECTIONS:
+            bits |= _IS_PROJECTED
+        if node.op in _LEARNED:
+            bits |= _IS_LEARNED
+        return bits | (_IS_OPEN if node.op in _OPEN else 0)
+
+    def _any(self, value: Value, bit: int) -> bool:
+        return any(self._bits.get(id(leaf), 0) & bit for leaf in flatten(value))
+
+    def has_content(self, value: Value) -> bool:
+        """Whether a value says something about the model's input."""
+        return self._any(value, _HAS_CONTENT)
+
+    def is_projected(self, value: Value) -> bool:
+        return self._any(value, _IS_PROJECTED)
+
+    def is_learned(self, value: Value) -> bool:
+        return self._any(value, _IS_LEARNED)
 
 
 def _value_products(softmax: Node) -> list[tuple[Node, list[Node]]]:
@@ -553,12 +571,24 @@ def _is_conditional(node: Node, softmax: Node) -> bool:
 
 
 def _leads_to(node: Node, product: Node) -> bool:
-    return product in data_ancestors(node).values()
+    return product in ancestors(node, lambda inner: inner.order <= product.order).values()
+
+
+def _on_path(value: Value, path: set[int]) -> list[Node]:
+    """The data between the score product and the softmax."""
+    found: dict[int, Node] = {}
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, Node) and id(node) in path and id(node) not in found:
+            found[id(node)] = node
+            todo.extend(node.args)
+    return list(found.values())
 
 
 def _other_users(product: Node, softmax: Node, path: set[int], way: list[Node], on_way: set[int]) -> list[Node]:
     found: dict[int, Node] = {}
-    data = [product, softmax, *way, *(n for n in data_ancestors(softmax.args[0]).values() if id(n) in path)]
+    data = [product, softmax, *way, *_on_path(softmax.args[0], path)]
     for node in data:
         for user in users(node):
             if id(user) not in on_way and user.op not in SHAPES and user.op not in ("merge", "attr"):
@@ -569,18 +599,18 @@ def _other_users(product: Node, softmax: Node, path: set[int], way: list[Node], 
 # -- where query, key and value come from
 
 
-def _add_sources(found: Attention) -> None:
+def _add_sources(found: Attention, facts: _Facts) -> None:
     if found.form in ("mha", "torch_layer"):  # these project what they are given themselves
         found.query_source, found.key_source, found.value_source = (
-            source_of(o.value) for o in (found.query_operand, found.key_operand, found.value_operand)
+            _source_of(o.value, facts) for o in (found.query_operand, found.key_operand, found.value_operand)
         )
         is_self = found.query_source is found.key_source
         stack_of_both = found.scores.op in ("torch_decoder_layer", "torch_decoder", "torch_transformer")
         found.kind = "unknown" if stack_of_both else "self" if is_self else "cross"
         return
-    found.query_projections, query = _origins(found.query)
-    found.key_projections, key = _origins(found.key)
-    found.value_projections, value = _origins(found.value)
+    found.query_projections, query = _origins(found.query, facts)
+    found.key_projections, key = _origins(found.key, facts)
+    found.value_projections, value = _origins(found.value, facts)
     found.query_source, found.key_source, found.value_source = (o[0] if o else None for o in (query, key, value))
     if query and key:
         found.kind = "self" if {id(o) for o in query} & {id(o) for o in key} else "cross"
@@ -589,7 +619,7 @@ def _add_sources(found: Attention) -> None:
 _CARRIES = frozenset("mul div cat stack setitem neg pad cos sin roll where masked_fill rotary".split())
 
 
-def _origins(value: Value) -> tuple[list[Node], list[Value]]:
+def _origins(value: Value, facts: _Facts) -> tuple[list[Node], list[Value]]:
     """The projections a query, key or value comes out of, and the data these read."""
     projections: dict[int, Node] = {}
     sources: dict[int, Value] = {}
@@ -600,22 +630,22 @@ def _origins(value: Value) -> tuple[list[Node], list[Value]]:
         if not isinstance(node, Node) or id(node) in seen:
             continue
         seen.add(id(node))
-        read = _projected(node)
+        read = _projected(node, facts)
         if read is not None:
             projections[id(node)] = node
-            source = source_of(read)
+            source = _source_of(read, facts)
             sources[id(source)] = source
         elif node.op == "merge" or node.op in _CARRIES or node.op == "add":
-            todo.extend(n for n in inputs(node) if n.op not in ("slice", *SHAPES) and _has_content(n))
+            todo.extend(n for n in inputs(node) if n.op not in ("slice", *SHAPES) and facts.has_content(n))
         elif node.op in VIEWS or node.op in NORMS or node.op == "opaque":
             todo.extend(list(inputs(node))[:1] if node.op != "opaque" else inputs(node))
         else:
-            source = source_of(node)
+            source = _source_of(node, facts)
             sources[id(source)] = source
     return list(projections.values()), list(sources.values())
 
 
-def _projected(node: Node) -> Value | None:
+def _projected(node: Node, facts: _Facts) -> Value | None:
     """What a projection reads: the input of a linear layer, or the factor of a product that is no bare weight."""
     if node.op in ("linear", "conv1d", "conv2d"):
         return node.args[0] if node.args else None
@@ -624,11 +654,11 @@ def _projected(node: Node) -> Value | None:
     operands = _operands(node) if node.op in PRODUCTS else None
     if operands is None:
         return None
-    contents = [o for o in operands if _has_content(o)]
+    contents = [o for o in operands if facts.has_content(o)]
     return contents[0] if len(contents) == 1 else None
 
 
-def source_of(value: Value) -> Value:
+def _source_of(value: Value, facts: _Facts) -> Value:
     """A stream without norms, dropout, views and added positions: what self-attention's three inputs share."""
     seen: set[int] = set()
     while isinstance(value, Node) and id(value) not in seen:
@@ -639,7 +669,7 @@ def source_of(value: Value) -> Value:
         elif value.op in NORMS and value.args:
             value = value.args[0]
         elif value.op in ("add", "mul") and len(value.args) >= 2:
-            contents = [a for a in value.args[:2] if not is_const(a) and _has_content(a)]
+            contents = [a for a in value.args[:2] if not is_const(a) and facts.has_content(a)]
             if len(contents) != 1:
                 return value
             value = contents[0]
