@@ -20,6 +20,7 @@ from modernizer.graph.query import (
     NORMS,
     SHAPES,
     VIEWS,
+    ancestors,
     inputs,
     is_const,
     is_none,
