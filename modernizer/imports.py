@@ -124,15 +124,27 @@ def _aliases(name: str) -> Iterator[str]:
 def _names_around(tree: ast.Module) -> Mapping[Function, frozenset[str]]:
     """For each function of a file the names bound in it, in the functions in it and in those around it."""
     names: dict[Function, frozenset[str]] = {}
+    inside: dict[Function, set[str]] = {}
 
-    def visit(node: ast.AST, outer: frozenset[str]) -> None:
+    def collect(node: ast.AST) -> set[str]:
+        found = set(_own_bindings(node))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        for child in ast.iter_child_nodes(node):
+            found |= collect(child)
         if isinstance(node, Function):
-            outer = outer | set(_names_in(node))
+            inside[node] = found
+        return found
+
+    def spread(node: ast.AST, outer: frozenset[str]) -> None:
+        if isinstance(node, Function):
+            outer = outer | inside[node]
             names[node] = outer
         for child in ast.iter_child_nodes(node):
-            visit(child, outer)
+            spread(child, outer)
 
-    visit(tree, frozenset())
+    collect(tree)
+    spread(tree, frozenset())
     return names
 
 
@@ -162,14 +174,6 @@ def _bound_by(node: ast.AST) -> Iterator[str]:
         yield from _bound_by(child)
 
 
-def _names_in(function: Function) -> Iterator[str]:
-    """All names that are bound somewhere in a function: its parameters, its variables and those of functions in it."""
-    for node in ast.walk(function):
-        yield from _own_bindings(node)
-        if node is not function and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name
-
-
 def _own_bindings(node: ast.AST) -> Iterator[str]:
     match node:
         case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
@@ -187,10 +191,6 @@ def _own_bindings(node: ast.AST) -> Iterator[str]:
 @functools.lru_cache(maxsize=64)
 def _global_reads(tree: ast.Module) -> frozenset[str]:
     """The names that are read and bound in no function: they may be builtins or come from a star import."""
-    local = {
-        name
-        for node in ast.walk(tree)
-        if isinstance(node, Function) and not isinstance(node, ast.Lambda)
-        for name in _names_in(node)
-    }
+    around = _names_around(tree)
+    local = frozenset().union(*(names for node, names in around.items() if not isinstance(node, ast.Lambda)))
     return frozenset({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - local)
