@@ -43,6 +43,8 @@ def _check(machine: Machine, r: Residual) -> None:
         )  # fmt: skip
     if r.norm.call is None or r.norm.argument is None or r.norm.argument not in _operands(r.norm.call):
         raise Impossible(node, r.norm.frame, "the norm behind this sum has no call of its own that could be moved")
+    if base(r.norm.source) is not r.sum:
+        raise Impossible(node, r.norm.frame, "the axes of this sum are moved before it is normed")
     if r.norm.eps is not None and r.norm.eps < TINY:
         raise Impossible(
             node, r.norm.frame, f"the norm's eps of {r.norm.eps:g} is too small to normalise a stream before its sum",
@@ -135,7 +137,8 @@ def _branch_edits(machine: Machine, contexts: Sequence[Residual]) -> list[Edit]:
     plain = [n for n in sure if not isinstance(n, ast.Starred)]
     starred = [r.node for r in reads if isinstance(r.node, ast.Starred)]
     if not plain:
-        raise _unclear(first)
+        plain = _summed(machine, contexts, frames)
+        return _hoisted(first, frame, tree, plain, [n for n in unsure if n not in starred], starred, template, False)
     if len(reads) == 1:
         code, holes = quoted(frame.scope.source.code(plain[0]), plain[0])
         return [Replace(path, plain[0], template(code), holes)]
@@ -150,19 +153,22 @@ def _hoisted(
     unsure: Sequence[ast.expr],
     starred: Sequence[ast.expr],
     template: Callable[[str], str],
+    read: bool = True,
 ) -> list[Edit]:
-    """`normed = norm(x)` before the first read, which the reads then use."""
+    """`normed = norm(x)` before the first read, which the reads then use. `read`: whether `sure` are reads at all."""
     assert frame.function is not None
-    if isinstance(frame.function.node, ast.Lambda) or not all(isinstance(n, ast.Name) for n in (*sure, *unsure)):
+    if isinstance(frame.function.node, ast.Lambda) or not all(isinstance(n, ast.Name) for n in unsure):
         raise _unclear(r)
-    names = [n.id for n in sure if isinstance(n, ast.Name)]
+    if read and not all(isinstance(n, ast.Name) for n in sure):
+        raise _unclear(r)
+    names = [n.id if isinstance(n, ast.Name) else frame.scope.source.code(n) for n in sure]
     parameters = {a.arg for a in ast.walk(frame.function.node.args) if isinstance(a, ast.arg)}
     stream = names[0]
     rebound = {n.id for n in unsure if isinstance(n, ast.Name)}
     rebound |= {n for n in names if n != stream and n in parameters and stream in parameters}
     if rebound - parameters or stream in rebound:
         raise _unclear(r)
-    anchor = _anchor(tree, [*sure, *unsure, *starred], frame.function.node)
+    anchor = _anchor(tree, [*(sure if read else ()), *unsure, *starred], frame.function.node)
     for name in {stream, *rebound}:
         if any(_before(store, sure[0]) and _within(tree, store, anchor) for store in stores(anchor, name)):
             raise _unclear(r)
@@ -171,7 +177,8 @@ def _hoisted(
     for name in sorted(rebound, key=[*names, *(n.id for n in unsure if isinstance(n, ast.Name))].index):
         code += f"{name} = {normed} if {name} is {stream} else {name}\n"
     edits: list[Edit] = [Insert(frame.path, anchor, code, "before")]
-    edits += [Replace(frame.path, n, normed) for n in sure if isinstance(n, ast.Name) and n.id not in rebound]
+    if read:
+        edits += [Replace(frame.path, n, normed) for n in sure if isinstance(n, ast.Name) and n.id not in rebound]
     for node in starred:
         assert isinstance(node, ast.Starred)
         item = free_name("value", names_in(frame.function.node))
@@ -179,6 +186,17 @@ def _hoisted(
         choice = f"({normed} if {item} is {stream} else {item} for {item} in {rest})"
         edits.append(Replace(frame.path, node.value, choice))
     return edits
+
+
+def _summed(machine: Machine, contexts: Sequence[Residual], frames: Sequence[Frame]) -> list[ast.expr]:
+    """What the sum itself calls the stream: the only name for it where the branch gets all arguments at once."""
+    r, frame = contexts[0], frames[0]
+    assert r.sum.node is not None
+    if r.frame is frame and not isinstance(r.sum.node, ast.AugAssign):
+        for operand in _operands(r.sum.node):
+            if _is_path(operand) and all(base(v) is r.stream for v in values_in(machine, operand, frame)):
+                return [operand]
+    raise _unclear(r)
 
 
 def _unclear(r: Residual) -> Impossible:
@@ -257,17 +275,50 @@ def _entry_operands(machine: Machine, r: Residual, entry: Node, frame: Frame) ->
     for active in entry.frame.outward():
         if active is frame:
             break
+        _check_closure(machine, r, active, node)
         if any(f is active for f in r.norm.frame.outward()) if r.norm else False:
             raise _unclear(r)
         node = active.call
     if isinstance(node, ast.AugAssign) or node is None:
         raise _unclear(r)
+    tree = frame.scope.source.tree
     for operand in _operands(node):
-        for value in values_in(machine, operand, frame):
-            leaves = list(flatten(value)) if isinstance(operand, ast.Starred) else [value]
-            if any(base(leaf) is r.stream for leaf in leaves):
-                yield operand
-                break
+        for source in _sources(tree, operand):
+            for value in values_in(machine, source, frame):
+                held = any(base(leaf) is r.stream for leaf in flatten(value))
+                if held and not isinstance(source, ast.Starred) and not isinstance(value, Node):
+                    raise _unclear(r)  # in a list or dict, where nobody knows it
+                if held:
+                    yield source
+                    break
+
+
+def _check_closure(machine: Machine, r: Residual, frame: Frame, node: ast.AST | None) -> None:
+    """What an inner function reads must have come by its arguments: a variable around it is not what it was handed."""
+    if frame.function is None or frame.function.closure is None or node is None:
+        return
+    free = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in frame.names]
+    for operand in free:
+        if any(base(value) is r.stream for value in values_in(machine, operand, frame)):
+            raise Impossible(
+                operand, frame, "this inner function reads the stream from around it, not as its argument",
+                "use the function's own parameter",
+            )  # fmt: skip
+
+
+def _sources(tree: ast.Module, operand: ast.expr) -> list[ast.expr]:
+    """The operand itself; for the variable of a comprehension over `(q, k, v)`, what stands in that display."""
+    if not isinstance(operand, ast.Name):
+        return [operand]
+    for node in outward(tree, operand):
+        if isinstance(node, ast.stmt):
+            break
+        if isinstance(node, ast.ListComp | ast.GeneratorExp):
+            for generator in node.generators:
+                if operand.id in {n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)}:
+                    displays = [n for n in ast.walk(generator.iter) if isinstance(n, ast.Tuple | ast.List)]
+                    return [item for display in displays for item in display.elts]
+    return [operand]
 
 
 def _operands(node: ast.AST) -> list[ast.expr]:

@@ -98,25 +98,26 @@ def _after_loop(graph: Graph, stack: Stack, runs: Sequence[Stack]) -> Exit:
     tree = frame.scope.source.tree
     owner, attribute = _owner(stack, frame)
     passes = values_in(graph.machine, loop.iter, frame) if isinstance(loop, ast.For) else [None]
-    if any(True for _ in loops_around(tree, loop)) and len(passes) > 1 and _continues(stack):
-        raise _lost(stack, "the stack is run through several times, one run after the other")
+    if len(passes) > len(runs):
+        around = list(loops_around(tree, loop))
+        if len(around) != 1:
+            raise _lost(stack, "the stack is run through several times, one run after the other")
+        loop = around[0]
+    if len({frozenset(id(r.norm.module) for r in run.residuals if r.norm) for run in runs}) > 1:
+        raise _lost(stack, "one loop runs several stacks, each of which needs a final norm of its own")
     if loop.orelse:
         raise _lost(stack)
     carried = {key for run in runs for end in run.ends for key in run.flow.carried(end)}
     names = _carriers(graph, loop, frame, carried)
     used = [n for n in names if _is_read_after(frame, loop, n)]
+    if not used and len(names) == 1 and _collected(stack, frame, loop, names[0], carried):
+        used = names
     if len(used) != 1:
         raise _lost(stack)
     name = used[0]
     call = f"{receiver_name(frame)}.{NAME}"
     code = f"{name} = {call}({name})\n" + _collected(stack, frame, loop, name, carried)
     return Exit(stack, frame, owner, attribute, (Insert(frame.path, loop, code),))
-
-
-def _continues(stack: Stack) -> bool:
-    """Whether a sum follows itself more often than one unrolled loop makes it."""
-    sites = [r.sum.node for r in stack.residuals]
-    return any(sites.count(node) > 2 for node in sites)
 
 
 def _carriers(graph: Graph, loop: ast.For | ast.While, frame: Frame, carried: set[int]) -> list[str]:

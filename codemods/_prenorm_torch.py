@@ -53,6 +53,27 @@ def torch_stacks(graph: Graph) -> list[TorchStack]:
     return list(found.values())
 
 
+def is_torch_layer(module: Module | None) -> bool:
+    """Whether a module is one of torch's transformer classes, or of a class made from one."""
+    return module is not None and module.torch_name.rpartition(".")[2] in NORM_FIRST
+
+
+def subclasses(graph: Graph) -> list[Module]:
+    """One instance of each class of the program that is made from torch's layers."""
+    found = {m.cls.node: m for m in graph.machine.modules if m.cls is not None and is_torch_layer(m)}
+    return list(found.values())
+
+
+def subclass_refusal(module: Module) -> Impossible:
+    """Why a subclass of torch's layers is not upgraded."""
+    cls = module.cls
+    assert cls is not None
+    return Impossible(
+        cls.node, cls.scope.frame, f"{cls.name} is a subclass of torch's layer, whose parts and order it may depend on",
+        "pass `norm_first=True` to its constructor by hand, if it heeds that, and give its stack a final norm",
+    )  # fmt: skip
+
+
 def runs_own_layers(layer: Value) -> bool:
     """Whether a layer given to torch's stack has a `forward` of the program: it is looked into like any other."""
     if not isinstance(layer, Module) or layer.cls is None:
@@ -75,11 +96,10 @@ def order_edits(graph: Graph, layer: Module) -> list[Edit]:
     call, frame = layer.call, layer.frame
     if frame is None or call is None:
         raise AssertionError("a layer that nobody constructed")
-    if layer.cls is not None or not isinstance(call, ast.Call):
-        raise Impossible(
-            call, frame, f"{layer.class_name} is a subclass of torch's layer, which it may depend on in other ways",
-            "pass `norm_first=True` to its constructor by hand, if it takes that",
-        )  # fmt: skip
+    if layer.cls is not None:
+        raise subclass_refusal(layer)
+    if not isinstance(call, ast.Call):
+        raise Impossible(call, frame, "the layer is not made by calling its class directly")
     short = layer.torch_name.rpartition(".")[2]
     if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
         raise _flagged(call, frame)

@@ -8,11 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from codemods import _prenorm_torch as own_layers
 from codemods._prenorm_branch import drop_edits, function_name, sum_edits, unused_calls
 from codemods._prenorm_common import Impossible
 from codemods._prenorm_final import NAME, Exit, creation, exit_of, free_attribute
-from codemods._prenorm_torch import TorchStack
+from codemods._prenorm_torch import (
+    TorchStack,
+    final_norm_edits,
+    is_torch_layer,
+    order_edits,
+    order_of,
+    runs_own_layers,
+    subclass_refusal,
+    subclasses,
+    torch_stacks,
+)
 from modernizer.edit import Edit, Insert, Replace
 from modernizer.graph.query import location
 from modernizer.graph.values import Frame, Module
@@ -64,6 +73,10 @@ class Prenorm(Rule):
                 _report(plan, stack, verdict)
         for group in groups:
             self._plan_group(model, group, plan)
+        for module in subclasses(model.graph):
+            if order_of(module) != PRE:
+                why = subclass_refusal(module)
+                plan.refusals.append(Refusal(why.location, why.reason, why.hint))
         plan.refusals = list({(r.location, r.reason): r for r in plan.refusals}.values())
         plan.modern = list({m.location: m for m in plan.modern}.values())
         return plan
@@ -114,7 +127,7 @@ def _report(plan: Plan, stack: Stack, verdict: str) -> None:
 
 def _groups(model: ModelMap, stacks: Sequence[Stack], plan: Plan) -> list[_Group]:
     parts = [_Group([s], [], set(_keys(s))) for s in stacks]
-    for torch_stack in own_layers.torch_stacks(model.graph):
+    for torch_stack in torch_stacks(model.graph):
         part = _torch_part(torch_stack, plan)
         if part is not None:
             parts.append(part)
@@ -129,7 +142,9 @@ def _groups(model: ModelMap, stacks: Sequence[Stack], plan: Plan) -> list[_Group
 
 
 def _keys(stack: Stack) -> Iterable[ast.AST]:
-    """The code that an upgrade of a stack changes."""
+    """The code that an upgrade of a stack changes; and the class that gets the final norms, which need names."""
+    if isinstance(stack.frame.receiver, Module) and stack.frame.receiver.cls is not None:
+        yield stack.frame.receiver.cls.node
     for r in stack.residuals:
         if r.sum.node is not None:
             yield r.sum.node
@@ -141,9 +156,9 @@ def _keys(stack: Stack) -> Iterable[ast.AST]:
 
 def _torch_part(stack: TorchStack, plan: Plan) -> _Group | None:
     layers = stack.layers
-    if any(own_layers.runs_own_layers(layer) for layer in layers):
+    if any(runs_own_layers(layer) for layer in layers):
         return None
-    orders = {own_layers.order_of(layer) for layer in layers}
+    orders = {order_of(layer) for layer in layers}
     place = location(stack.call, stack.frame)
     if orders == {PRE}:
         plan.modern.append(Modern(place, "torch's layers are told to be pre-norm"))
@@ -185,9 +200,9 @@ def _edits(model: ModelMap, group: _Group) -> tuple[list[Edit], list[str]]:
     by_torch = {layer.call: layer for layer in _torch_layers(group) if layer.call is not None}
     edits: list[Edit] = []
     for layer in by_torch.values():
-        edits += own_layers.order_edits(model.graph, layer)
+        edits += order_edits(model.graph, layer)
     for torch_stack in group.torch_stacks:
-        edits += own_layers.final_norm_edits(model.graph, model.stacks.flow, torch_stack)
+        edits += final_norm_edits(model.graph, model.stacks.flow, torch_stack)
     for residuals in contexts.values():
         if residuals[0].layer is None:
             edits += sum_edits(machine, residuals)
@@ -282,6 +297,9 @@ def _check_coverage(model: ModelMap, group: _Group, contexts: Mapping[ast.AST, S
             assert norm.call is not None
             raise Impossible(norm.call, norm.frame, "this norm is also called where it does not follow a residual sum")
     for r in calls.values():
+        owner = r.norm.module.owner if r.norm and r.norm.module else None
+        if owner is not None and owner.cls is not None and is_torch_layer(owner):
+            raise subclass_refusal(owner)
         idle = unused_calls(model.graph.machine, r)
         if idle is not None:
             assert r.norm is not None
@@ -290,22 +308,18 @@ def _check_coverage(model: ModelMap, group: _Group, contexts: Mapping[ast.AST, S
 
 def _check_inner(stack: Stack) -> None:
     """The stream between two sums may be read by the branches behind it and by nothing else."""
-    branch = {id(e) for r in stack.flow.residuals.all for e in r.entries}
-    sums = {id(r.sum) for r in stack.flow.residuals.all}
     last = {key for end in stack.ends for key in stack.flow.carried(end)}
     for r in stack.inner:
-        for use in stack.flow.uses(r):
-            if id(use) not in branch and id(use) not in sums and id(use) not in last and not _is_layer(use):
+        after = stack.flow.after(r)
+        known = {id(s.sum) for s in after} | {key for s in after for key in s.between}
+        for use in stack.flow.uses(r, but=last):
+            if id(use) not in known:
                 at = use.node or r.sum.node
                 assert at is not None
                 raise Impossible(
                     at, use.frame, f"the stream between two layers is also read here, by `{use.op}`",
                     "what reads it would have to norm it first",
                 )  # fmt: skip
-
-
-def _is_layer(use: object) -> bool:
-    return getattr(use, "op", "") in ("torch_encoder_layer", "torch_decoder_layer")
 
 
 # -- looking again
@@ -325,7 +339,7 @@ def _review(rule: Prenorm, before: ModelMap, after: ModelMap, upgrades: Sequence
         sites = [s for s in before.stacks.all if id(s) in touched and _site(s) == _site(stack)]
         if not sites or left.upgrades:
             continue
-        if any(r.kind != PRE for r in stack.residuals):
+        if any(r.kind != PRE or r.is_partial for r in stack.residuals):
             return f"a sum of {function_name(stack.residuals[0].frame)} is not pre-norm"
         if stack.residuals[0].layer is None and not stack.final_norms():
             return f"the stack of {function_name(stack.frame)} does not end in a norm"

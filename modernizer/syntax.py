@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -14,6 +15,37 @@ Loop = ast.For | ast.While
 def parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
     """The parent of every node of a tree."""
     return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+
+class Mentions:
+    """Where a tree names things: its names, attributes and strings by their text, and its imports."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.names: dict[str, list[ast.Name]] = defaultdict(list)
+        self.attributes: dict[str, list[ast.Attribute]] = defaultdict(list)
+        self.strings: list[ast.Constant] = []
+        self.calls: list[ast.Call] = []
+        self.methods: dict[str, list[ast.FunctionDef]] = defaultdict(list)
+        self.imports: list[ast.ImportFrom] = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name):
+                self.names[node.id].append(node)
+            elif isinstance(node, ast.Attribute):
+                self.attributes[node.attr].append(node)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                self.strings.append(node)
+            elif isinstance(node, ast.Call):
+                self.calls.append(node)
+            elif isinstance(node, ast.FunctionDef):
+                self.methods[node.name].append(node)
+            elif isinstance(node, ast.ImportFrom):
+                self.imports.append(node)
+
+
+@lru_cache(maxsize=256)
+def mentions(tree: ast.Module) -> Mentions:
+    """What a tree names, collected once."""
+    return Mentions(tree)
 
 
 def outward(tree: ast.Module, node: ast.AST) -> Iterator[ast.AST]:

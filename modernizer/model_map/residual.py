@@ -32,7 +32,8 @@ class Residual:
     `stream` is what the sum continues, `branch` what is added. `entries` are the first data made of the stream on the
     way into the branch. `kind` says where the norm is: `pre` (the branch starts from one), `post` (the sum goes into
     `norm` and nowhere else), `pseudo-pre` (the stream was replaced by its norm before it was continued), `none`, or
-    `both` where that depends on a test. `out` is the stream after it. For one of torch's layers, `layer` is set.
+    `both` where that depends on a test. `is_partial`: part of the branch reads the stream without the norm. `out` is
+    the stream after the sum. For one of torch's layers, `layer` is set.
     """
 
     sum: Node
@@ -44,6 +45,7 @@ class Residual:
     norm: Norm | None = None
     entry_norms: list[Norm] = field(default_factory=list)
     is_scaled: bool = False
+    is_partial: bool = False
     layer: Module | None = None
 
     @property
@@ -136,6 +138,7 @@ class Residuals:
                 return FLAG
             else:
                 raw = True
+        r.is_partial = raw and bool(inside)
         r.entry_norms = list({id(n): n for n in inside}.values())
         after = [self.norms.around(user) for user in ends(r.sum)]
         into = after[0] if after and all(n is not None and n is after[0] for n in after) else None
@@ -144,11 +147,20 @@ class Residuals:
         if into is not None and base(into.source) is r.sum:
             r.norm = into
             return POST
+        rearranged = self._rearranged_norm(r.sum) if into is None else None
+        if rearranged is not None:
+            r.norm = rearranged
+            return POST
         if any(self._has_normed_option(user, r.sum) for user in merges(r.sum)) and raw:
             return FLAG
         if isinstance(r.stream, Node) and self.norms.of_result(through(r.stream, LAYOUT)) is not None:
             return PSEUDO
         return NONE
+
+    def _rearranged_norm(self, total: Node) -> Norm | None:
+        """The norm that a sum goes into, and nowhere else, after its axes have been moved."""
+        after = [self.norms.around(user) for user in ends(total, LAYOUT)]
+        return after[0] if after and all(n is not None and n is after[0] for n in after) else None
 
     def _is_norm_of(self, value: Value, stream: Node) -> bool:
         norm = self.norms.of_result(base(value))
@@ -196,21 +208,22 @@ def path(origin: Node, end: Value) -> dict[int, Node]:
     return kept
 
 
-def aliases(origin: Node) -> Iterator[Node]:
-    """A datum and everything that is the same but for dropout, copies and casts."""
+def aliases(origin: Node, ops: frozenset[str] = IDENTITY) -> Iterator[Node]:
+    """A datum and everything that is the same but for dropout, copies and casts (or what else `ops` allows)."""
     todo, seen = [origin], {id(origin)}
     while todo:
         node = todo.pop()
         yield node
         for user in users(node):
-            if id(user) not in seen and user.op in (*IDENTITY, "merge") and base(user) is origin:
+            if id(user) not in seen and user.op in (*ops, "merge") and through(user, ops) is origin:
                 seen.add(id(user))
                 todo.append(user)
 
 
-def ends(node: Node) -> list[Node]:
+def ends(node: Node, ops: frozenset[str] = IDENTITY) -> list[Node]:
     """The first users of a datum that do more than copy it; what only asks for its size does not count."""
-    return [u for alias in aliases(node) for u in users(alias) if base(u) is not node and u.op not in SIZES]
+    found = (user for alias in aliases(node, ops) for user in users(alias))
+    return [user for user in found if through(user, ops) is not node and user.op not in SIZES]
 
 
 def merges(node: Node) -> list[Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,16 +97,17 @@ class Flow:
         """The sums that continue the stream behind `r`."""
         return [s for node in self.carried(r).values() for s in self._streams[id(node)] if s is not r]
 
-    def uses(self, r: Residual) -> list[Node]:
-        """What reads the stream behind a sum, apart from its size."""
-        return self.uses_from(r.out)
+    def uses(self, r: Residual, but: Container[int] = ()) -> list[Node]:
+        """What reads the stream behind a sum, apart from its size, and otherwise than through the data of these ids."""
+        return self.uses_from(r.out, but)
 
-    def uses_from(self, start: Node) -> list[Node]:
+    def uses_from(self, start: Node, but: Container[int] = ()) -> list[Node]:
         """As `uses`, for a stream that comes out of any datum."""
         carried = self.carried_from(start)
         found = {
             id(user): user
-            for node in carried.values()
+            for key, node in carried.items()
+            if key not in but
             for user in users(node)
             if id(user) not in carried and user.op not in SIZES
         }

@@ -4,7 +4,7 @@
 (norm, sublayer) pairs in order, and what comes behind the final norm.
 """
 
-PRELUDE = '''
+PRELUDE = """
 import copy
 import math
 
@@ -44,9 +44,9 @@ class FeedForward(nn.Module):
 
 def causal(x):
     return torch.ones(x.size(1), x.size(1)).tril()
-'''
+"""
 
-MODEL = '''
+MODEL = """
 
 class Model(nn.Module):
     def __init__(self, vocab, d, heads, hidden, n):
@@ -65,9 +65,9 @@ class Model(nn.Module):
 
 def build():
     return Model(VOCAB, D, HEADS, FF, LAYERS)
-'''
+"""
 
-BLOCK = '''
+BLOCK = """
 
 class Block(nn.Module):
     def __init__(self, d, heads, hidden, dropout=0.1):
@@ -79,9 +79,9 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, mask):
-'''
+"""
 
-PARTS = '''
+PARTS = """
 
 def parts(model):
     mask = lambda x: causal(x)
@@ -90,7 +90,7 @@ def parts(model):
         pairs.append((b.ln1, lambda n, b=b: b.attn(n, n, n, causal(n))))
         pairs.append((b.ln2, lambda n, b=b: b.ff(n)))
     return model.embed, pairs, model.head
-'''
+"""
 
 
 def block(forward: str) -> str:
@@ -100,7 +100,9 @@ def block(forward: str) -> str:
 
 
 FORMS = {
-    "inline": block("x = self.ln1(x + self.drop(self.attn(x, x, x, mask)))\nreturn self.ln2(x + self.drop(self.ff(x)))"),
+    "inline": block(
+        "x = self.ln1(x + self.drop(self.attn(x, x, x, mask)))\nreturn self.ln2(x + self.drop(self.ff(x)))"
+    ),
     "branch first": block("x = self.ln1(self.attn(x, x, x, mask) + x)\nx = self.ln2(self.ff(x) + x)\nreturn x"),
     "separate statements": block(
         "x = x + self.attn(x, x, x, mask)\nx = self.ln1(x)\nx = x + self.ff(x)\nx = self.ln2(x)\nreturn x"
@@ -143,7 +145,7 @@ FORMS = {
 
 FORMS["wrapper with lambda"] = (
     PRELUDE
-    + '''
+    + """
 
 def clones(module, n):
     return nn.ModuleList([copy.deepcopy(module) for _ in range(n)])
@@ -206,10 +208,10 @@ def parts(model):
         pairs.append((b.wrap[0].norm, lambda n, b=b: b.attn(n, n, n, causal(n))))
         pairs.append((b.wrap[1].norm, b.ff))
     return model.embed, pairs, model.head
-'''
+"""
 )
 
-WRAPPED = '''
+WRAPPED = """
 
 class Block(nn.Module):
     def __init__(self, d, heads, hidden):
@@ -220,8 +222,8 @@ class Block(nn.Module):
     def forward(self, x, mask):
         x = self.attn(x, x, x, mask)
         return self.ff(x)
-'''
-WRAPPED_PARTS = '''
+"""
+WRAPPED_PARTS = """
 
 def parts(model):
     pairs = []
@@ -229,10 +231,10 @@ def parts(model):
         pairs.append((b.attn.norm, lambda n, b=b: b.attn.inner(n, n, n, causal(n))))
         pairs.append((b.ff.norm, b.ff.inner))
     return model.embed, pairs, model.head
-'''
+"""
 FORMS["wrapper with star arguments"] = (
     PRELUDE
-    + '''
+    + """
 
 class AddNorm(nn.Module):
     def __init__(self, d, inner):
@@ -241,7 +243,7 @@ class AddNorm(nn.Module):
 
     def forward(self, x, *args):
         return self.norm(x + self.drop(self.inner(x, *args)))
-'''
+"""
     + WRAPPED
     + MODEL
     + WRAPPED_PARTS
@@ -249,7 +251,7 @@ class AddNorm(nn.Module):
 
 FORMS["add-and-norm module"] = (
     PRELUDE
-    + '''
+    + """
 
 class AddAndNorm(nn.Module):
     def __init__(self, d):
@@ -270,9 +272,9 @@ class Block(nn.Module):
         x = self.add1(x, self.attn(x, x, x, mask))
         x = self.add2(self.ff(x), x)
         return x
-'''
+"""
     + MODEL
-    + '''
+    + """
 
 def parts(model):
     pairs = []
@@ -280,12 +282,12 @@ def parts(model):
         pairs.append((b.add1.norm, lambda n, b=b: b.attn(n, n, n, causal(n))))
         pairs.append((b.add2.norm, b.ff))
     return model.embed, pairs, model.head
-'''
+"""
 )
 
 FORMS["output classes"] = (
     PRELUDE
-    + '''
+    + """
 
 class Output(nn.Module):
     def __init__(self, d_in, d):
@@ -318,9 +320,9 @@ class Block(nn.Module):
     def forward(self, x, mask):
         x = self.attention(x, mask)
         return self.output(F.gelu(self.first(x)), x)
-'''
+"""
     + MODEL
-    + '''
+    + """
 
 def parts(model):
     pairs = []
@@ -329,12 +331,12 @@ def parts(model):
         pairs.append((a.output.LayerNorm, lambda n, a=a: a.output.dense(a.self(n, n, n, causal(n)))))
         pairs.append((b.output.LayerNorm, lambda n, b=b: b.output.dense(F.gelu(b.first(n)))))
     return model.embed, pairs, model.head
-'''
+"""
 )
 
 FORMS["residual and norm inside the sublayers"] = (
     PRELUDE
-    + '''
+    + """
 
 class SelfAttention(nn.Module):
     def __init__(self, d, heads):
@@ -370,9 +372,9 @@ class Block(nn.Module):
     def forward(self, x, mask):
         x, _ = self.attn(x, x, x, mask=mask)
         return self.ff(x)
-'''
+"""
     + MODEL
-    + '''
+    + """
 
 def parts(model):
     pairs = []
@@ -380,12 +382,13 @@ def parts(model):
         pairs.append((b.attn.norm, lambda n, b=b: b.attn.inner(n, n, n, causal(n))))
         pairs.append((b.ff.norm, lambda n, b=b: b.ff.w_2(F.relu(b.ff.w_1(n)))))
     return model.embed, pairs, model.head
-'''
+"""
 )
 
 HAND_WRITTEN = {
     "unbiased deviation": (
-        "m, s = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)\n        return self.g * (x - m) / (s + self.eps) + self.b"
+        "m, s = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)\n"
+        "        return self.g * (x - m) / (s + self.eps) + self.b"
     ),
     "variance under the root": (
         "u = x.mean(-1, keepdim=True)\n        s = (x - u).pow(2).mean(-1, keepdim=True)\n"
@@ -401,7 +404,7 @@ HAND_WRITTEN = {
 for name, formula in HAND_WRITTEN.items():
     FORMS[f"hand-written norm: {name}"] = (
         PRELUDE
-        + f'''
+        + f"""
 
 class Norm(nn.Module):
     def __init__(self, size, eps=1e-6):
@@ -410,7 +413,7 @@ class Norm(nn.Module):
 
     def forward(self, x):
         {formula}
-'''
+"""
         + BLOCK.replace("nn.LayerNorm(d)", "Norm(d)")
         + "        x = self.ln1(x + self.attn(x, x, x, mask))\n        return self.ln2(x + self.ff(x))\n"
         + MODEL
@@ -431,7 +434,7 @@ FORMS["Sequential of blocks"] = (
     + BLOCK.replace("x, mask", "x")
     + "        mask = causal(x)\n"
     + INLINE
-    + '''
+    + """
 
 class Model(nn.Module):
     def __init__(self, vocab, d, heads, hidden, n):
@@ -446,13 +449,13 @@ class Model(nn.Module):
 
 def build():
     return Model(VOCAB, D, HEADS, FF, LAYERS)
-'''
+"""
     + PARTS
 )
 
 FORMS["no block class, lists indexed"] = (
     PRELUDE
-    + '''
+    + """
 
 class Model(nn.Module):
     def __init__(self, vocab, d, heads, hidden, n):
@@ -485,18 +488,20 @@ def parts(model):
         pairs.append((model.norms1[i], lambda n, i=i: model.attns[i](n, n, n, causal(n))))
         pairs.append((model.norms2[i], model.ffs[i]))
     return model.embed, pairs, model.head
-'''
+"""
 )
 FORMS["no block class, lists zipped"] = (
     FORMS["no block class, lists indexed"]
-    .replace("for i in range(self.n):", "for norm1, attn, norm2, ff in zip(self.norms1, self.attns, self.norms2, self.ffs):")
+    .replace(
+        "for i in range(self.n):", "for norm1, attn, norm2, ff in zip(self.norms1, self.attns, self.norms2, self.ffs):"
+    )
     .replace("self.norms1[i](x + self.attns[i](x, x, x, mask))", "norm1(x + attn(x, x, x, mask))")
     .replace("self.norms2[i](x + self.ffs[i](x))", "norm2(x + ff(x))")
 )
 
 FORMS["one class, one layer"] = (
     PRELUDE
-    + '''
+    + """
 
 class Model(nn.Module):
     def __init__(self, vocab, d, heads, hidden):
@@ -521,14 +526,14 @@ def build():
 def parts(model):
     attend = lambda n: model.attn(n, n, n, causal(n))
     return model.embed, [(model.ln1, attend), (model.ln2, model.ff)], model.head
-'''
+"""
 )
 
 FORMS["layers written out"] = (
     PRELUDE
     + BLOCK
     + INLINE
-    + '''
+    + """
 
 class Model(nn.Module):
     def __init__(self, vocab, d, heads, hidden):
@@ -546,14 +551,15 @@ class Model(nn.Module):
 
 def build():
     return Model(VOCAB, D, HEADS, FF)
-'''
+"""
     + PARTS.replace("model.layers", "(model.one, model.two)")
 )
 
-FORMS["generation loop of its own"] = (
-    block("x = self.ln1(x + self.attn(x, x, x, mask))\nreturn self.ln2(x + self.ff(x))").replace(
-        "\n\ndef build",
-        '''
+FORMS["generation loop of its own"] = block(
+    "x = self.ln1(x + self.attn(x, x, x, mask))\nreturn self.ln2(x + self.ff(x))"
+).replace(
+    "\n\ndef build",
+    """
     @torch.no_grad()
     def generate(self, ids, steps):
         for _ in range(steps):
@@ -564,8 +570,7 @@ FORMS["generation loop of its own"] = (
         return ids
 
 
-def build''',
-    )
+def build""",
 )
 
 FORMS["norm before the stack"] = (
@@ -583,6 +588,14 @@ FORMS["sizes from a config"] = (
     .replace("nn.Embedding(vocab, d)", "nn.Embedding(cfg.vocab, cfg.d)")
     .replace("nn.Linear(d, vocab)", "nn.Linear(cfg.d, cfg.vocab)")
     .replace("def __init__(self, d, heads, hidden, dropout=0.1):", "def __init__(self, config, dropout=0.1):")
-    .replace("self.attn = Attention(d, heads)", "d, heads, hidden = config.d, config.heads, config.hidden\n        self.attn = Attention(d, heads)")
-    .replace("return Model(VOCAB, D, HEADS, FF, LAYERS)", "from types import SimpleNamespace\n\n    return Model(SimpleNamespace(vocab=VOCAB, d=D, heads=HEADS, hidden=FF, n=LAYERS))")
+    .replace(
+        "self.attn = Attention(d, heads)",
+        "d, heads, hidden = config.d, config.heads, config.hidden\n        self.attn = Attention(d, heads)",
+    )
+    .replace(
+        "return Model(VOCAB, D, HEADS, FF, LAYERS)",
+        "from types import SimpleNamespace\n"
+        "\n"
+        "    return Model(SimpleNamespace(vocab=VOCAB, d=D, heads=HEADS, hidden=FF, n=LAYERS))",
+    )
 )
