@@ -591,9 +591,7 @@ class Builder:
         """Whether every row keeps a key. A mask that is handed in may be another one elsewhere."""
         assert event.operand is not None
         found = self.trace.machine.at.get(event.operand, ())
-        return bool(found) and all(
-            keeps_a_key(value, event.attends) and is_own(value, frame) for frame, value in found
-        )
+        return bool(found) and all(keeps_a_key(value, event.attends) and is_own(value, frame) for frame, value in found)
 
     def _rows_zeroed(self, fills: Sequence[tuple[Event, str, float | None]]) -> bool:
         """Whether the weights of blocked keys are set to zero after the softmax as well."""
@@ -636,7 +634,9 @@ class Builder:
         fits = len(views) % 2 == 0 and not any(e.kind == "view" for e in self.weights)
         for first, last in zip(views[::2], views[1::2], strict=False):
             axes = {c.rank for c in self.contexts} - {None}
-            fits = fits and first.guard == last.guard and len(first.sizes) > len(last.sizes) and axes <= {len(last.sizes)}
+            fits = (
+                fits and first.guard == last.guard and len(first.sizes) > len(last.sizes) and axes <= {len(last.sizes)}
+            )
             between = self.scores[self.scores.index(first) + 1 : self.scores.index(last)]
             fits = fits and all(e.kind in ("fill", "bias", "scale") for e in between)
         if not fits:

@@ -9,11 +9,13 @@ import ast
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from modernizer.graph.machine import Machine
 from codemods._sdpa_masks import fill_number
+from modernizer.graph.machine import Machine
 from modernizer.graph.query import IDENTITY, LIKE, is_none
 from modernizer.graph.torch_api import CALLS, MODULE_OPS, function_operation, operation
+from modernizer.graph.truth import truth_of
 from modernizer.graph.values import Class, Const, External, Method, Module, Node, Value
 from modernizer.graph.values import Function as GraphFunction
 from modernizer.source import SourceFile
@@ -75,6 +77,7 @@ class Trace:
         self.dropped: list[ast.stmt] = []  # checks of the scores' shape
         self.sizes: dict[ast.expr, tuple[str, ast.expr | None]] = {}  # sizes, dtypes read off the scores
         self.consumed: set[ast.AST] = set()
+        self.escapes: list[tuple[ast.If, str]] = []  # branches that SDPA cannot express, and their tests
         self.fill_names: set[str] = set()  # variables that hold a fill in the shape of the scores
         self.stored: list[tuple[ast.Assign, ast.Attribute]] = []  # attributes that scores or weights are put into
         self.kept_weights: list[ast.stmt] = []  # statements that do nothing else
@@ -259,6 +262,36 @@ class Trace:
             self._consume(node)
             return
         self._scan(node.test)
+        before = self._snapshot()
+        try:
+            self._both_sides(node, guard)
+        except Decline:
+            test = (
+                stable_test(self.source, self.function, node.test)
+                if isinstance(self.function, ast.FunctionDef)
+                else None
+            )
+            self._restore(before)
+            values = self.values(node.test)
+            is_always = bool(values) and all(truth_of(v) is True for v in values)
+            if test is None or guard or is_always or any(self._touches(s) for s in node.orelse):
+                raise
+            self.escapes.append((node, test))
+            self._consume(node)
+
+    def _snapshot(self) -> tuple[object, ...]:
+        return (
+            dict(self.tracked), set(self.names), dict(self.changes), list(self.dropped), dict(self.sizes),
+            set(self.consumed), list(self.stored), list(self.kept_weights), set(self.fill_names),
+        )  # fmt: skip
+
+    def _restore(self, state: tuple[Any, ...]) -> None:
+        (
+            self.tracked, self.names, self.changes, self.dropped, self.sizes,
+            self.consumed, self.stored, self.kept_weights, self.fill_names,
+        ) = state  # fmt: skip
+
+    def _both_sides(self, node: ast.If, guard: tuple[tuple[ast.If, int], ...]) -> None:
         start = dict(self.tracked)
         ends: list[dict[str, State]] = []
         for number, body in enumerate((node.body, node.orelse)):
@@ -268,8 +301,19 @@ class Trace:
             ends.append(self.tracked if not leaves(body) else {})
             if leaves(body) and any(inner in self.changes for inner in ast.walk(node) if isinstance(inner, ast.stmt)):
                 raise Decline(f"a branch at line {node.lineno} that handles the scores leaves the function")
+        self._check_weights(start, ends, node)
         left = [end for end, body in zip(ends, (node.body, node.orelse), strict=True) if not leaves(body)]
         self.tracked = left[0] if len(left) == 1 else self._joined(ends[0], ends[1])
+
+    def _check_weights(self, start: dict[str, State], ends: Sequence[dict[str, State]], node: ast.If) -> None:
+        """Weights may only be dropped, cast or masked in a branch."""
+        for end in ends:
+            for state in end.values():
+                kinds = [e.kind for e in state]
+                new = [e for e in state if (node, 0) in e.guard or (node, 1) in e.guard]
+                after = [e for e in new if "softmax" in kinds[: state.index(e)]]
+                if any(e.kind not in ("dropout", "cast", "zero_nan", "fill") for e in after):
+                    raise Decline(f"the weights are changed in the branch at line {node.lineno}")
 
     def _joined(self, one: dict[str, State], other: dict[str, State]) -> dict[str, State]:
         result: dict[str, State] = {}
@@ -801,7 +845,9 @@ def factors(node: ast.expr, machine: Machine) -> list[ast.expr]:
 def _common_end(one: list[Event], other: list[Event]) -> tuple[list[Event], list[Event], list[Event]]:
     """Two branches without what both do last, the softmax most often, and that."""
     ending: list[Event] = []
-    while one and other and one[-1].kind == other[-1].kind and one[-1].kind in ("softmax", "dropout", "cast", "zero_nan"):
+    while (
+        one and other and one[-1].kind == other[-1].kind and one[-1].kind in ("softmax", "dropout", "cast", "zero_nan")
+    ):
         if ast.dump(_without_receiver(one[-1].node)) != ast.dump(_without_receiver(other[-1].node)):
             break
         guard = one[-1].guard[:-1] if one[-1].guard else ()
@@ -855,3 +901,23 @@ def bound_names(targets: Sequence[ast.expr]) -> set[str]:
 
 def leaves(body: Sequence[ast.stmt]) -> bool:
     return bool(body) and isinstance(body[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)
+
+
+def stable_test(source: SourceFile, function: ast.FunctionDef, test: ast.expr) -> str | None:
+    """The text of a test that is known when the function starts and stays the same, None for any other."""
+    allowed = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.expr_context, ast.cmpop,
+               ast.boolop, ast.unaryop)  # fmt: skip
+    if not all(isinstance(n, allowed) for n in ast.walk(test)):
+        return None
+    parameters = {a.arg for a in (*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs)}
+    stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    attributes = {
+        n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
+    }
+    for node in ast.walk(test):
+        if isinstance(node, ast.Name) and (node.id not in parameters or node.id in stored):
+            return None
+        if isinstance(node, ast.Attribute) and node.attr in attributes:
+            return None
+    text = source.code(test)
+    return ast.unparse(test) if "\n" in text else text

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from codemods._sdpa_trace import Decline, Trace, entered
+from codemods._sdpa_trace import Decline, Trace, entered, stable_test
 from modernizer.edit import AddArgument, AddParameter, Edit, Insert, Replace
 from modernizer.graph.values import Frame, Value
 from modernizer.model_map import ModelMap
@@ -51,7 +51,7 @@ def demand_for(model: ModelMap, trace: Trace, contexts: Sequence[Attention]) -> 
         if isinstance(node, ast.Name) and node.id in trace.fill_names and node not in trace.consumed:
             raise Decline(f"`{node.id}` has the shape of the scores and is read at line {node.lineno}")
     reads = extra_reads(trace, trace.names)
-    if not reads and not trace.stored:
+    if not reads and not trace.stored and not trace.escapes:
         return Demand()
     if not isinstance(trace.function, ast.FunctionDef):
         raise Decline("the weights are read elsewhere in a lambda")
@@ -109,6 +109,9 @@ class _Analysis:
         conditions: list[str] = []
         for statement, attribute in self.trace.stored:
             conditions.append(self._store(statement, attribute, made))
+        for branch, condition in self.trace.escapes:
+            conditions.append(condition)
+            made.dropped[branch] = self._other_side(branch)
         for read in reads:
             conditions += self._read(read, made)
         self._close()
@@ -177,6 +180,16 @@ class _Analysis:
             raise Decline(f"weights are stored at line {statement.lineno} between the two products")
         made.dropped[inside] = []
         return guard
+
+    def _other_side(self, branch: ast.If) -> list[str]:
+        """What runs where the branch's test is false."""
+        lines: list[str] = []
+        for statement in branch.orelse:
+            code = self.trace.source.code(statement)
+            if isinstance(statement, ast.If | ast.For | ast.While | ast.With | ast.Try) or "\n" in code:
+                code = ast.unparse(statement)
+            lines += code.splitlines()
+        return lines
 
     def _region_statement(self, statement: ast.stmt) -> ast.stmt | None:
         above = outward(self.trace.source.tree, statement)
@@ -490,10 +503,14 @@ def _collected_in(source: SourceFile, statement: ast.stmt, read: ast.AST) -> str
         if isinstance(call.func, ast.Attribute) and call.func.attr in ("append", "extend") and read in call.args:
             return call.func.value.id if isinstance(call.func.value, ast.Name) else ""
     if (
-        isinstance(statement, ast.AugAssign)
-        and isinstance(statement.op, ast.Add)
-        and isinstance(statement.target, ast.Name)
-    ) and isinstance(statement.value, ast.List | ast.Tuple) and read in statement.value.elts:
+        (
+            isinstance(statement, ast.AugAssign)
+            and isinstance(statement.op, ast.Add)
+            and isinstance(statement.target, ast.Name)
+        )
+        and isinstance(statement.value, ast.List | ast.Tuple)
+        and read in statement.value.elts
+    ):
         return statement.target.id
     return ""
 
@@ -507,7 +524,7 @@ def _guard(source: SourceFile, function: ast.FunctionDef, read: ast.AST) -> str 
             break
         if isinstance(node, ast.If | ast.IfExp) and inner is not node.test:
             body = node.body if isinstance(node.body, list) else [node.body]
-            text = _stable_test(source, function, node.test)
+            text = stable_test(source, function, node.test)
             if text is not None:
                 found = text if inner in body else f"not {_wrapped(node.test, text)}"
         inner = node
@@ -516,25 +533,6 @@ def _guard(source: SourceFile, function: ast.FunctionDef, read: ast.AST) -> str 
 
 def _wrapped(test: ast.expr, text: str) -> str:
     return text if isinstance(test, ast.Name | ast.Attribute) else f"({text})"
-
-
-def _stable_test(source: SourceFile, function: ast.FunctionDef, test: ast.expr) -> str | None:
-    allowed = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.expr_context, ast.cmpop,
-               ast.boolop, ast.unaryop)  # fmt: skip
-    if not all(isinstance(n, allowed) for n in ast.walk(test)):
-        return None
-    parameters = {a.arg for a in (*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs)}
-    stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    attributes = {
-        n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
-    }
-    for node in ast.walk(test):
-        if isinstance(node, ast.Name) and (node.id not in parameters or node.id in stored):
-            return None
-        if isinstance(node, ast.Attribute) and node.attr in attributes:
-            return None
-    text = source.code(test)
-    return ast.unparse(test) if "\n" in text else text
 
 
 def _is_looked_up(above: dict[ast.AST, ast.AST], node: ast.AST) -> bool:

@@ -176,8 +176,6 @@ def _check(site: AttentionSite, contexts: Sequence[Attention]) -> None:
             )
         if context.other_outputs:
             raise Decline("the weights enter a second product besides that with the value")
-        if context.other_products:
-            raise Decline("a second product is added to the scores (relative positions)")
     outputs = {c.output.node for c in contexts}
     if len(outputs) > 1 or len({c.form for c in contexts}) > 1:
         raise Decline("the weights enter different products in different places")
