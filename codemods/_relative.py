@@ -14,7 +14,7 @@ from codemods._parts import Parts
 from codemods._survey import Cannot, Group, Survey, given_names, place, torch_modules
 from codemods._takeout import take_out
 from modernizer.edit import AddArgument, Edit
-from modernizer.graph.query import class_of, is_torch
+from modernizer.graph.query import ancestors, class_of, is_torch
 from modernizer.graph.values import Const, External, Frame, Module
 from modernizer.imports import Imports
 from modernizer.model_map import ModelMap, read_model
@@ -24,6 +24,7 @@ from modernizer.removal import Removal, files_around
 from modernizer.rule import Modern, Plan, Refusal, Upgrade
 
 Change = Callable[[Code, Parts, Sequence[tuple[Attention, bool]]], list[Edit]]
+LAYERS = frozenset("linear softmax layer_norm matmul dropout embedding".split())
 DROP_INS = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer")
 
 
@@ -250,6 +251,8 @@ def review(before: ModelMap, after: ModelMap, kind: Kind, upgrades: Sequence[obj
         return "there are not as many attentions as before"
     if [c.kind for c in old.contexts] != [c.kind for c in new.contexts]:
         return "an attention changed between attending to its own sequence and to another"
+    if any(_makings(old, a) != _makings(new, b) for a, b in zip(old.contexts, new.contexts, strict=True)):
+        return "what an attention is made of changed beside the positions"
     settled = have - had + len(left)
     if settled < wanted:
         return f"{wanted} attentions should have relative positions or keep absolute ones, only {settled} do"
@@ -259,6 +262,13 @@ def review(before: ModelMap, after: ModelMap, kind: Kind, upgrades: Sequence[obj
         if context.kind == "cross" and new.is_rotated(context) and not any(old.is_rotated(c) for c in old.contexts):
             return f"attention to another sequence is rotated at {place(context)}"
     return ""
+
+
+def _makings(survey: Survey, context: Attention) -> tuple[bool, int]:
+    """Whether a query is made of the model's input, and of how many layers, apart from positions."""
+    terms = {id(p.term) for site in survey.positions for p in site.contexts}
+    found = [n for n in ancestors(context.query, lambda n: id(n) in terms).values() if id(n) not in terms]
+    return any(n.op == "input" for n in found), sum(n.op in LAYERS for n in found)
 
 
 def _is_wanted(survey: Survey, context: Attention) -> bool:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 
 from codemods._survey import Cannot, Group, place
-from modernizer.graph.query import alternatives, location
+from modernizer.graph.query import alternatives, ancestors, location
 from modernizer.graph.values import Frame, Many, Module, Node, Value
 from modernizer.model_map.position import Position, PositionSite, content_inputs
 from modernizer.removal import Removal, is_pure
@@ -19,7 +19,7 @@ def take_out(removal: Removal, group: Group) -> None:
     for site in group.positions:
         _take_out_site(removal, group, site)
     removal.settle()
-    while _stop_passing(removal):
+    while _stop_passing(removal, group):
         removal.settle()
     _check_learned(removal, group)
 
@@ -175,13 +175,18 @@ def _value(removal: Removal, node: ast.expr, frame: Frame, wanted: Value | None 
 # -- positions that are handed on
 
 
-def _stop_passing(removal: Removal) -> bool:
+def _stop_passing(removal: Removal, group: Group) -> bool:
     """Calls no longer hand in what only served the positions. The parameter stays: others may call the function too."""
     changed = False
+    positions = {i for p in group.removed for i in (*ancestors(p.term), *map(id, _tables(p.term)))}
     for frame in removal.graph.machine.frames:
         if frame.function is None or not isinstance(frame.call, ast.Call) or frame.caller is None:
             continue
+        if frame.call in removal.replaced or not removal.knows(frame.call) or removal.is_gone(frame.call):
+            continue
         for name in removal.unread_parameters(frame.function.node):
+            if id(frame.arguments.get(name)) not in positions:
+                continue
             argument = _argument_of(frame.call, frame, name)
             if argument is None or isinstance(argument, ast.Constant) or not removal.knows(argument):
                 continue

@@ -19,6 +19,7 @@ from modernizer.graph import Graph
 from modernizer.graph.values import Class, Module, Node, Object
 from modernizer.project import Project, python_files
 from modernizer.source import Location
+from modernizer.syntax import mentions, parents
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 MAX_SCANNED = 2000  # files beside the project that are searched for a name before its definition goes
@@ -58,6 +59,7 @@ class Removal:
         self.mentions: list[Location] = []  # where a string still names something that is gone
         self.kept_readers: dict[ast.AST, list[Location]] = {}
         self.gone_attributes: list[Attribute] = []
+        self._unpacked: dict[ast.Assign, list[tuple[ast.expr, ast.expr]]] = {}  # what is left of `a, b = …`
         self._parameters: dict[ast.FunctionDef, dict[str, list[ast.Name]]] = {}
 
     # -- what goes
@@ -129,7 +131,7 @@ class Removal:
 
     @cached_property
     def _parents(self) -> dict[ast.AST, ast.AST]:
-        return {child: node for tree in self._trees.values() for node in ast.walk(tree) for child in _children(node)}
+        return {child: node for tree in self._trees.values() for child, node in parents(tree).items()}
 
     @cached_property
     def _paths(self) -> dict[ast.AST, Path]:
@@ -180,7 +182,7 @@ class Removal:
 
     def unread_parameters(self, function: ast.AST) -> list[str]:
         """The parameters of a function that were read by what has gone, and are by nothing that stays."""
-        if not isinstance(function, ast.FunctionDef) or not self.knows(function):
+        if not isinstance(function, ast.FunctionDef) or not self.knows(function) or self.is_gone(function):
             return []
         if function not in self._parameters:
             names = {a.arg for a in [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]}
@@ -193,13 +195,22 @@ class Removal:
             name
             for name, loads in self._parameters[function].items()
             if loads
-            and all(self.is_gone(n) or self._asks_for_none(n) for n in loads)
+            and all(self.is_gone(n) or self._asks_for_nothing(n) for n in loads)
             and any(self.is_gone(n) for n in loads)
         ]
 
-    def _asks_for_none(self, node: ast.Name) -> bool:
-        above = self.parent(node)
-        return isinstance(above, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in above.ops)
+    def _asks_for_nothing(self, node: ast.Name) -> bool:
+        """`x if pos is None else x + pos`, of which both sides have become one."""
+        test = self.parent(node)
+        choice = self.parent(test) if isinstance(test, ast.Compare) else None
+        if not isinstance(choice, ast.IfExp) or choice.test is not test:
+            return False
+        return ast.unparse(self._left_of(choice.body)) == ast.unparse(self._left_of(choice.orelse))
+
+    def _left_of(self, node: ast.expr) -> ast.expr:
+        """What stays of an expression."""
+        code, holes = self.replaced.get(node, ("", ()))
+        return holes[0] if code == "$0" else node
 
     # -- to the fixpoint
 
@@ -282,8 +293,10 @@ class Removal:
                 serving = self._outermost(node, entities)
                 if serving is not None:
                     statements[serving] = None
+                elif isinstance(getattr(node, "ctx", None), ast.Store) and self._unpack_less(node, entities):
+                    continue
                 elif isinstance(getattr(node, "ctx", None), ast.Store) and isinstance(entity, Local):
-                    self._unpack_less(node, entities)  # one of several targets: else it stays, unread
+                    continue  # one of several targets: it stays, unread
                 elif depth == 0 and (wider := self._with_companions(node, entities)) is not None:
                     return wider
                 else:
@@ -291,21 +304,32 @@ class Removal:
                     return None
         return [s for s in statements if not any(a in statements for a in self.above(s))]
 
-    def _unpack_less(self, node: ast.AST, entities: set[Entity]) -> None:
+    def _unpack_less(self, node: ast.AST, entities: set[Entity]) -> bool:
         """`a, b = f(x), g(x)` without one of its parts."""
         statement = self.statement(node)
-        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or statement in self.replaced:
-            return
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            return False
+        if statement in self.replaced and statement not in self._unpacked:
+            return False
         target, value = statement.targets[0], statement.value
         if not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple) or len(target.elts) != len(value.elts):
-            return
+            return False
         if any(isinstance(e, ast.Starred) for e in [*target.elts, *value.elts]):
-            return
-        kept = [(t, v) for t, v in zip(target.elts, value.elts, strict=True) if not self._is_target(t, entities)]
-        gone = [v for t, v in zip(target.elts, value.elts, strict=True) if self._is_target(t, entities)]
-        if kept and gone and all(is_pure(v) for v in gone):
+            return False
+        pairs = self._unpacked.get(statement, list(zip(target.elts, value.elts, strict=True)))
+        kept = [(t, v) for t, v in pairs if not self._is_target(t, entities)]
+        gone = [v for t, v in pairs if self._is_target(t, entities)]
+        if not gone or not all(is_pure(v) for v in gone) or any(self._entity(v, entities) for _, v in kept):
+            return False
+        self._unpacked[statement] = kept
+        if kept:
             names = ", ".join(ast.unparse(t) for t, _ in kept)
-            self.replace(statement, f"{names} = {', '.join(f'${i}' for i in range(len(kept)))}\n", [v for _, v in kept])
+            code = f"{names} = {', '.join(f'${i}' for i in range(len(kept)))}\n"
+            self.replace(statement, code, [v for _, v in kept])
+        else:
+            del self.replaced[statement]
+            self.drop(statement)
+        return True
 
     def _with_companions(self, node: ast.AST, entities: set[Entity]) -> list[ast.stmt] | None:
         """A variable assigned from an entity and used for nothing else goes with it (`angle` in a loop that fills
@@ -437,11 +461,9 @@ class Removal:
             return [n for n in ast.walk(entity.function) if isinstance(n, ast.Name) and n.id == entity.name]
         found: list[ast.AST] = []
         for tree in self._trees.values():
-            for node in ast.walk(tree):
-                if (isinstance(node, ast.Attribute) and node.attr == entity.name and self._belongs(node, entity)) or (
-                    isinstance(node, ast.Call) and self._names_attribute(node, entity)
-                ):
-                    found.append(node)
+            named = mentions(tree)
+            found += [n for n in named.attributes.get(entity.name, ()) if self._belongs(n, entity)]
+            found += [n for n in named.calls if self._names_attribute(n, entity)]
         return found
 
     def _names_attribute(self, node: ast.Call, entity: Attribute) -> bool:
@@ -475,10 +497,8 @@ class Removal:
     def _drop_mentions(self, name: str) -> None:
         """Takes the name of a parameter out of lists such as those without weight decay."""
         for tree in self._trees.values():
-            for node in ast.walk(tree):
-                if not (isinstance(node, ast.Constant) and isinstance(node.value, str)) or self.is_gone(node):
-                    continue
-                if name not in node.value.split("."):
+            for node in mentions(tree).strings:
+                if name not in str(node.value).split(".") or self.is_gone(node):
                     continue
                 above = self.parent(node)
                 if isinstance(above, ast.Call) and self._is_listed(above, node):
@@ -541,25 +561,23 @@ class Removal:
         """Whether anything that stays names a global of a file: in the file, or by importing it from there."""
         if path.name == "__init__.py" and not isinstance(definition, ast.ClassDef | ast.FunctionDef):
             return True
-        for node in ast.walk(self._trees[path]):
-            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
-                if not self.is_gone(node) and not self._inside(node, definition):
-                    return True
-            elif isinstance(node, ast.Constant) and node.value == name and not self.is_gone(node):
-                return True  # `__all__`
+        named = mentions(self._trees[path])
+        loads = [n for n in named.names.get(name, ()) if isinstance(n.ctx, ast.Load)]
+        if any(not self.is_gone(n) and not self._inside(n, definition) for n in loads):
+            return True
+        if any(n.value == name and not self.is_gone(n) for n in named.strings):  # `__all__`
+            return True
         return self._is_imported(path, name) or self._is_named_elsewhere(path, name)
 
     def _is_imported(self, path: Path, name: str) -> bool:
         for other, tree in self._trees.items():
-            for statement in ast.walk(tree):
-                if isinstance(statement, ast.ImportFrom):
-                    imports = [a for a in statement.names if a.name in (name, "*") and not self.is_gone(a)]
-                    if imports and self.project.find_module(other, statement.module or "", statement.level) == path:
-                        return True
-                elif isinstance(statement, ast.Attribute) and statement.attr == name and other != path:
-                    holder = statement.value
-                    if isinstance(holder, ast.Name | ast.Attribute) and _last_name(holder) == path.stem:
-                        return True
+            for statement in mentions(tree).imports:
+                imports = [a for a in statement.names if a.name in (name, "*") and not self.is_gone(a)]
+                if imports and self.project.find_module(other, statement.module or "", statement.level) == path:
+                    return True
+            for node in mentions(tree).attributes.get(name, ()) if other != path else ():
+                if isinstance(node.value, ast.Name | ast.Attribute) and _last_name(node.value) == path.stem:
+                    return True
         return False
 
     def _is_named_elsewhere(self, path: Path, name: str) -> bool:
@@ -589,19 +607,16 @@ class Removal:
             return
         definitions: list[ast.FunctionDef] = []
         for path, tree in self._trees.items():
-            for node in ast.walk(tree):
-                if (
-                    isinstance(node, ast.FunctionDef)
-                    and node.name == name
-                    and isinstance(self.parent(node), ast.ClassDef)
-                ):
-                    definitions.append(node)
-                    if path not in self.named:
-                        return
-                elif isinstance(node, ast.Attribute) and node.attr == name and not self.is_gone(node):
-                    if not any(self._inside(node, d) for d in definitions):
-                        return
-                elif isinstance(node, ast.Constant) and node.value == name and not self.is_gone(node):
+            named = mentions(tree)
+            found = [n for n in named.methods.get(name, ()) if isinstance(self.parent(n), ast.ClassDef)]
+            if found and path not in self.named:
+                return
+            definitions += found
+            if any(n.value == name and not self.is_gone(n) for n in named.strings):
+                return
+        for tree in self._trees.values():
+            for node in mentions(tree).attributes.get(name, ()):
+                if not self.is_gone(node) and not any(self._inside(node, d) for d in definitions):
                     return
         if len(definitions) == 1 and definitions[0] not in self.dropped and not name.startswith("__"):
             self.drop(definitions[0])
@@ -617,10 +632,6 @@ def files_around(project: Project) -> list[Path]:
     while root is not None and (root / "__init__.py").is_file():
         root = root.parent
     return list(itertools.islice(python_files(root), MAX_SCANNED)) if root is not None else []
-
-
-def _children(node: ast.AST) -> Iterator[ast.AST]:
-    return (child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr_context))
 
 
 def _outside(node: ast.AST, holes: set[ast.expr]) -> Iterator[ast.AST]:

@@ -188,3 +188,8 @@ MORE["position_time_first"] = by_position(
     "self.places = nn.Parameter(torch.randn(LENGTH, 1, DIM))",
     "x = self.tokens(ids).transpose(0, 1)\nx = x + self.places[:x.size(0)]\nx = x.transpose(0, 1)",
 )
+
+MORE["position_with_layers_of_its_own"] = by_position(
+    "self.places, self.mix = nn.Embedding(LENGTH, DIM), nn.Linear(DIM, DIM)\nself.drop = nn.Dropout(0.1)",
+    "places = self.mix(self.places(torch.arange(ids.size(1))))\nx = self.tokens(ids) + self.drop(places)",
+)

@@ -200,6 +200,19 @@ MODULE_POSITIONS = {
                 return x + self.table[:x.size(1)]
         """,
     ),
+    "class_that_only_adds_inside_a_call": (
+        "self.position, self.drop = Places(DIM), nn.Dropout(0.1)",
+        "x = self.tokens(ids)\nx = self.drop(self.position(x))",
+        """
+        class Places(nn.Module):
+            def __init__(self, dim):
+                super().__init__()
+                self.table = nn.Parameter(torch.randn(LENGTH, dim))
+
+            def forward(self, x):
+                return x + self.table[:x.size(1)]
+        """,
+    ),
     "class_that_gives_positions": (
         "self.position = Places(DIM)",
         "x = self.tokens(ids) + self.position(ids)",
