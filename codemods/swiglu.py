@@ -21,7 +21,7 @@ from modernizer.imports import Imports
 from modernizer.model_map import ModelMap
 from modernizer.model_map.activation import RELU_FAMILY
 from modernizer.model_map.attention import TORCH_LAYERS
-from modernizer.model_map.feed_forward import CHOSEN, CROSSINGS, UNKNOWN, FeedForward
+from modernizer.model_map.feed_forward import CHOSEN, CROSSINGS, SOMETIMES, UNKNOWN, FeedForward
 from modernizer.model_map.projection import Projection, torch_layer_of
 from modernizer.project import Project
 from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
@@ -228,6 +228,10 @@ class _Planner:
                 seen.add(key)
                 reason = f"its activation is {' or '.join(sorted(names))}, not ReLU or GELU"
                 yield Refusal(_location(made), reason, "gate it by hand")
+            elif SOMETIMES in names:
+                seen.add(key)
+                reason = "one of the activations that it may be given is gated"
+                yield Refusal(_location(made), reason, "decide for the gated one, or take it out of the choice")
             elif UNKNOWN in names:
                 seen.add(key)
                 reason = "what lies between its projections is handed in from outside and cannot be known"

@@ -43,6 +43,7 @@ PICKS = frozenset({"item", "getitem", "chunk", "split", "narrow", "iter", "unbin
 # An activation that is looked up by a name which the code does not say.
 PACKAGES = ("torch", "torch.nn", "torch.nn.functional", "transformers.activations")
 CHOSEN, UNKNOWN = "chosen by name", "unknown"
+SOMETIMES = "gated or not"  # one of several activations is a gate, the others are none
 CARRYING = (
     ELEMENTWISE
     | VIEWS
@@ -89,7 +90,7 @@ class FeedForward:
 
     @property
     def is_legacy(self) -> bool:
-        return not self.gated and bool(self.activations & (RELU_FAMILY | {CHOSEN}))
+        return not self.gated and SOMETIMES not in self.activations and bool(self.activations & (RELU_FAMILY | {CHOSEN}))
 
 
 @dataclass(eq=False)
@@ -165,7 +166,7 @@ class _Region:
         self.sources: dict[int, Projection] = {}
         self.nodes: dict[int, Node] = {}
         self.between: list[Node] = []
-        self.swiglu = False
+        self.gates: set[int] = set()  # operations that are a gate in themselves
         self.lookups: set[str] = set()  # CHOSEN or UNKNOWN, where a callable cannot be followed
         self._walk(end)
 
@@ -184,7 +185,8 @@ class _Region:
             raise _NoFeedForward
         parts: Sequence[Value] = value.args
         if value.op in ("swiglu", "glu", "geglu"):
-            self.swiglu, parts = True, value.args[:1]
+            self.gates.add(id(value))
+            parts = value.args[:1]
         elif value.op in NORMS or value.op in VIEWS - IDENTITY:
             self.between.append(value)
             parts = value.args[:1]
@@ -194,7 +196,7 @@ class _Region:
             parts = self._operands(value)
         elif value.op not in ELEMENTWISE or (value.op != "merge" and not value.args):
             raise _NoFeedForward
-        for part in parts:
+        for part in _results(value) if value.op == "merge" else parts:
             if not is_none(part):
                 self._walk(part)
 
@@ -214,6 +216,11 @@ class _Region:
         while isinstance(inner, Node) and inner.op in PICKS and inner.args:
             inner, picked = inner.args[0], True
         return self.projections.at(inner) if picked else None
+
+
+def _results(merge: Node) -> list[Value]:
+    """The alternatives that are data: where a table offers a class among functions, its instance is no result."""
+    return [option for option in merge.args if not isinstance(option, Module)] or list(merge.args)
 
 
 def _is_looked_up(callee: Value, machine: Machine) -> bool:
@@ -242,7 +249,8 @@ def _before(second: Projection, projections: Projections) -> FeedForward | None:
         return None
     if not region.nodes or not region.sources:
         return None
-    gated = region.swiglu or (len(region.leaves) == 2 and _gates(region, second.source))
+    ways = [bool(region.gates & _taken(region, second.source, choice)) for choice in _choices(region)]
+    gated = (bool(ways) and all(ways)) or (len(region.leaves) == 2 and _gates(region, second.source))
     if len(region.sources) > 1 and not gated:
         return None
     first = min(region.sources.values(), key=lambda p: p.value.order)
@@ -252,7 +260,9 @@ def _before(second: Projection, projections: Projections) -> FeedForward | None:
     (leaf,) = region.leaves.values() if len(region.leaves) == 1 else (None,)
     if leaf is None or leaf is not first.value:
         return None
-    if region.lookups:
+    if any(ways):
+        names = frozenset({SOMETIMES})
+    elif region.lookups:
         # What else a caller may hand in stands in the place of what is looked up.
         is_known = CHOSEN in region.lookups and _keeps_the_width(first, second, projections)
         names = frozenset({CHOSEN if is_known else UNKNOWN})
@@ -282,9 +292,22 @@ def _ops_named(nodes: Iterable[Node]) -> Iterator[str]:
 def _choices(region: _Region) -> Iterator[dict[int, int]]:
     """Every way in which the merges of a region may go."""
     merges = [n for n in region.nodes.values() if n.op == "merge"]
-    ways = [[i for i, option in enumerate(n.args) if not is_none(option)] for n in merges]
+    ways = [[i for i, option in enumerate(n.args) if option in _results(n) and not is_none(option)] for n in merges]
     for combination in itertools.islice(itertools.product(*ways), 64):
         yield {id(n): way for n, way in zip(merges, combination, strict=True)}
+
+
+def _taken(region: _Region, end: Value, choice: dict[int, int]) -> set[int]:
+    """The nodes of a region that are computed when its merges go one way."""
+    taken: set[int] = set()
+    todo = [end]
+    while todo:
+        value = todo.pop()
+        if id(value) in region.nodes and id(value) not in taken:
+            taken.add(id(value))
+            node = region.nodes[id(value)]
+            todo += [node.args[choice[id(node)]]] if node.op == "merge" else node.args
+    return taken
 
 
 def _gates(region: _Region, end: Value) -> bool:

@@ -156,6 +156,15 @@ FORMS = {
         .replace("self.drop = nn.Dropout(dropout)", "self.drop = nn.Dropout(0.1)"),
         "'ReLU'",
     ),
+    "table with a class among functions": with_setting(
+        program(
+            GELU + 'ACTIVATIONS = {"relu": nn.ReLU, "gelu": gelu}\n'
+            + two_linears("self.act(self.fc1(x))", "self.act = ACTIVATIONS[dropout]"),
+            "FeedForward(d, 4 * d, act)",
+        )
+        .replace("self.drop = nn.Dropout(dropout)", "self.drop = nn.Dropout(0.1)"),
+        "'gelu'",
+    ),
     "instance as a default": with_setting(
         program(two_linears("self.act(self.fc1(x))", "self.act = dropout"), "FeedForward(d, 4 * d, act)")
         .replace("self.drop = nn.Dropout(dropout)", "self.drop = nn.Dropout(0.1)"),

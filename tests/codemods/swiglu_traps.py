@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swiglu_forms import GELU, HEAD, MODEL, program, two_linears
+from swiglu_forms import GELU, HEAD, MODEL, program, two_linears, with_setting
 
 RELU = two_linears("F.relu(self.fc1(x))")
 BODY = "return self.fc2(self.drop(F.relu(self.fc1(x))))"
@@ -146,6 +146,19 @@ class FeedForward(nn.Module):
         "used outside",
     ),
     "activation chosen on purpose": (program(two_linears("F.silu(self.fc1(x))")), "silu"),
+    "one of the activations is a gate": (
+        with_setting(
+            program(
+                "def activation(name):\n    return {'relu': F.relu, 'glu': F.glu}[name]\n\n\n"
+                + two_linears("self.act(self.fc1(x))", "self.act = activation(dropout)").replace(
+                    "nn.Dropout(dropout)", "nn.Dropout(0.1)"
+                ),
+                "FeedForward(d, 4 * d, act)",
+            ),
+            "'relu'",
+        ),
+        "one of the activations that it may be given is gated",
+    ),
     "hidden width in a view": (
         program(two_linears("F.relu(self.fc1(x)).view(*x.shape[:-1], self.hidden)", "self.hidden = hidden")),
         "view",
