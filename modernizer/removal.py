@@ -59,6 +59,7 @@ class Removal:
         self.mentions: list[Location] = []  # where a string still names something that is gone
         self.kept_readers: dict[ast.AST, list[Location]] = {}
         self.gone_attributes: list[Attribute] = []
+        self._changes = 0
         self._unpacked: dict[ast.Assign, list[tuple[ast.expr, ast.expr]]] = {}  # what is left of `a, b = …`
         self._parameters: dict[ast.FunctionDef, dict[str, list[ast.Name]]] = {}
 
@@ -66,6 +67,7 @@ class Removal:
 
     def drop(self, node: ast.AST) -> None:
         """Takes out a statement, or one element of a list, call or import."""
+        self._changes += node not in self.dropped
         self.dropped[node] = None
 
     def replace(self, node: ast.expr | ast.stmt, code: str, holes: Sequence[ast.expr] = ()) -> None:
@@ -81,6 +83,7 @@ class Removal:
         ):
             self.drop(parent)
             return
+        self._changes += self.replaced.get(node) != (code, tuple(holes))
         self.replaced[node] = (code, tuple(holes))
 
     def is_gone(self, node: ast.AST) -> bool:
@@ -218,15 +221,15 @@ class Removal:
         """Lets go of everything that only served what has gone."""
         tried: set[tuple[Entity | tuple[Path, str], int]] = set()
         while True:
-            size = len(self.dropped) + len(self.replaced)
+            size = self._changes
             for entity in self._read_by_gone():
-                if (entity, len(self.dropped) + len(self.replaced)) not in tried:
-                    tried.add((entity, len(self.dropped) + len(self.replaced)))
+                if (entity, self._changes) not in tried:
+                    tried.add((entity, self._changes))
                     self._try(entity)
             self._fold_empty()
-            if len(self.dropped) + len(self.replaced) == size:
+            if self._changes == size:
                 self._drop_definitions()
-                if len(self.dropped) + len(self.replaced) == size:
+                if self._changes == size:
                     return
 
     def _gone_nodes(self) -> Iterator[ast.AST]:
@@ -274,12 +277,13 @@ class Removal:
 
     def _try(self, entity: Entity) -> None:
         """Drops the statements that make an entity, if nothing that stays reads it."""
+        before = self._changes
         serving = self._serving({entity})
         if serving is None:
             return
         for statement in serving:
             self.drop(statement)
-        if isinstance(entity, Attribute) and serving:
+        if isinstance(entity, Attribute) and self._changes > before:
             self.gone_attributes.append(entity)
             self._drop_mentions(entity.name)
 
@@ -288,7 +292,7 @@ class Removal:
         statements: dict[ast.stmt, None] = {}
         for entity in list(entities):
             for node in self._uses(entity):
-                if self.is_gone(node):
+                if self.is_gone(node) and not self._is_kept_target(node):
                     continue
                 serving = self._outermost(node, entities)
                 if serving is not None:
@@ -303,6 +307,13 @@ class Removal:
                     self.kept_readers.setdefault(node, []).append(self.location(node))
                     return None
         return [s for s in statements if not any(a in statements for a in self.above(s))]
+
+    def _is_kept_target(self, node: ast.AST) -> bool:
+        """Whether a node is a target that is left of `a, b = …`."""
+        kept = next(
+            (self._unpacked[a] for a in self.above(node) if isinstance(a, ast.Assign) and a in self._unpacked), []
+        )
+        return any(node is part for target, _ in kept for part in ast.walk(target))
 
     def _unpack_less(self, node: ast.AST, entities: set[Entity]) -> bool:
         """`a, b = f(x), g(x)` without one of its parts."""
@@ -362,6 +373,8 @@ class Removal:
 
     def _serves(self, statement: ast.stmt, entities: set[Entity]) -> bool:
         """Whether all that a statement does is to make, fill or check these entities."""
+        if isinstance(statement, ast.Assign) and statement in self._unpacked:
+            return all(self._is_target(target, entities) for target, _ in self._unpacked[statement])
         if self.is_gone(statement) or isinstance(statement, ast.Pass):
             return True
         match statement:

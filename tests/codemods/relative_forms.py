@@ -193,3 +193,9 @@ MORE["position_with_layers_of_its_own"] = by_position(
     "self.places, self.mix = nn.Embedding(LENGTH, DIM), nn.Linear(DIM, DIM)\nself.drop = nn.Dropout(0.1)",
     "places = self.mix(self.places(torch.arange(ids.size(1))))\nx = self.tokens(ids) + self.drop(places)",
 )
+
+MORE["position_parts_made_at_once_with_others"] = by_position(
+    "self.kinds, self.places, self.mix = nn.Embedding(2, DIM), nn.Embedding(LENGTH, DIM), nn.Linear(DIM, DIM)",
+    "where, kinds, length = torch.arange(ids.size(1)), self.kinds(ids % 2), ids.size(1)\n"
+    "x = self.tokens(ids) + kinds\nx = x + self.mix(self.places(where[:length]))",
+)
