@@ -10,6 +10,9 @@ from modernizer.graph.query import origin
 from modernizer.graph.values import Class, Module
 
 HINT = "let all branches of the code build it in one place"
+OF_ANY_WIDTH = frozenset(  # methods of a layer that work whatever its widths are
+    "reset_parameters train eval requires_grad_ to cuda cpu half float bfloat16 double zero_grad".split()
+)
 CHOICES = ast.IfExp | ast.BoolOp | ast.Subscript | ast.Lambda  # expressions that may yield another of their parts
 
 
@@ -74,11 +77,15 @@ def is_unconditional(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> bool:
 
 
 def unreached_reads(uses: Uses, cls: Class, attribute: str) -> list[ast.Attribute]:
-    """Reads of an attribute in a class and its bases that no execution came to."""
+    """Reads of an attribute in a class and its bases that no execution came to, and that may ask for its widths."""
+    parents = cls.scope.source.parents
     return [
         node
         for node in _attributes(cls, attribute)
-        if isinstance(node.ctx, ast.Load) and not uses.machine.at.get(node) and not _is_weight_of(node, cls)
+        if isinstance(node.ctx, ast.Load)
+        and not uses.machine.at.get(node)
+        and not _is_weight_of(node, cls)
+        and not _is_reset(node, parents)
     ]
 
 
@@ -106,6 +113,15 @@ def _is_weight_of(node: ast.Attribute, cls: Class) -> bool:
         and isinstance(home, ast.FunctionDef)
         and home.name != "forward"
     )
+
+
+def _is_reset(node: ast.expr, parents: Mapping[ast.AST, ast.AST]) -> bool:
+    """`self.fc1.reset_parameters()` and the like: a layer of any width does that."""
+    method = parents.get(node)
+    if not isinstance(method, ast.Attribute) or method.attr not in OF_ANY_WIDTH:
+        return False
+    call = parents.get(method)
+    return isinstance(call, ast.Call) and call.func is method
 
 
 def holder(module: Module) -> tuple[Class, str] | None:

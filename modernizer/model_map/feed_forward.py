@@ -34,6 +34,7 @@ from modernizer.graph.query import (
 from modernizer.graph.values import Class, Const, External, Function, Many, Module, Node, Object, Table, Value
 from modernizer.model_map.activation import ELEMENTWISE, RELU_FAMILY, is_gate, name_of
 from modernizer.model_map.attention import PROJECTIONS, AttentionSite
+from modernizer.model_map.axis import mixes_positions
 from modernizer.model_map.map import Evidence, Role
 from modernizer.model_map.projection import Projection, Projections
 
@@ -65,7 +66,8 @@ class FeedForward:
     whether it is the product of an activated and a plain half already. `nodes` lie between the two projections,
     `between` are those of them that are neither activation nor dropout: norms, or views that move features.
     `residual` says that its result is added to what it read, `repeated` that one of the same code follows after another
-    attention, `attended` that attention writes what it reads or reads what it writes.
+    attention, `attended` that attention writes what it reads or reads what it writes, `mixing` that it works along
+    another axis than the features, as the token mixer of an MLP-Mixer does.
     """
 
     first: Projection
@@ -77,6 +79,7 @@ class FeedForward:
     residual: bool = False
     repeated: bool = False
     attended: bool = False
+    mixing: bool = False
 
     @property
     def activated(self) -> Value:
@@ -86,11 +89,12 @@ class FeedForward:
     @property
     def counts(self) -> bool:
         """Whether it is a feed-forward of a transformer."""
-        return (self.residual or self.repeated) and self.attended
+        return (self.residual or self.repeated) and self.attended and not self.mixing
 
     @property
     def is_legacy(self) -> bool:
-        return not self.gated and SOMETIMES not in self.activations and bool(self.activations & (RELU_FAMILY | {CHOSEN}))
+        is_plain = not self.gated and SOMETIMES not in self.activations
+        return is_plain and bool(self.activations & (RELU_FAMILY | {CHOSEN}))
 
 
 @dataclass(eq=False)
@@ -123,6 +127,7 @@ def find_feed_forwards(graph: Graph, attentions: Iterable[AttentionSite]) -> Fee
     for made in found:
         made.repeated = made.first.module.call in repeated
         made.attended = (made.residual or made.repeated) and _is_attended(made, cores)
+        made.mixing = made.attended and mixes_positions(made.first)
     return FeedForwards(found, projections, graph)
 
 

@@ -390,6 +390,13 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 """
     ),
+    "layers reset by a method nobody calls": program(
+        two_linears("F.relu(self.fc1(x))").replace(
+            "    def forward",
+            "    def reset_parameters(self):\n        self.fc1.reset_parameters()\n"
+            "        self.fc2.reset_parameters()\n\n    def forward",
+        )
+    ),
     "factory of projections": program(
         """
 def linear(n_in, n_out, bias=True):

@@ -340,7 +340,31 @@ HEAD_AND_ATTENTION = changed(
     "return self.norm2(x)",
 )
 
+MIXING = """
+class Mixing(nn.Module):
+    def __init__(self, length, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(length, hidden)
+        self.fc2 = nn.Linear(hidden, length)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x.transpose(1, 2)))).transpose(1, 2)
+"""
+MIXER = program(MIXING, "Mixing(5, 32)")
+
 UNTOUCHED = {
+    "positions mixed": MIXER,
+    "positions mixed, transposed by the block": changed(
+        MIXER,
+        "self.fc1(x.transpose(1, 2)))).transpose(1, 2)", "self.fc1(x)))",
+        "self.ff(self.norm2(x))", "self.ff(self.norm2(x).permute(0, 2, 1)).mT",
+    ),  # fmt: skip
+    "positions mixed by convolutions": changed(
+        MIXER,
+        "self.fc1(x.transpose(1, 2)))).transpose(1, 2)", "self.fc1(x)))",
+        "nn.Linear(length, hidden)", "nn.Conv1d(length, hidden, 1)",
+        "nn.Linear(hidden, length)", "nn.Conv1d(hidden, length, 1)",
+    ),  # fmt: skip
     "head": HEAD_AND_ATTENTION,
     "head whose loss is added to another": changed(
         HEAD_AND_ATTENTION,
