@@ -26,10 +26,10 @@ PARTS = ("linear1", "linear2", "activation")
 
 @dataclass(eq=False)
 class TorchLayers:
-    """All layers that one constructor call makes, or all of one subclass."""
+    """All layers that one constructor call makes, or all of one subclass (whose `call` may be its definition)."""
 
     modules: list[Module]
-    call: ast.Call
+    call: ast.Call | ast.ClassDef
     frame: Frame
     cls: Class | None = None
 
@@ -53,16 +53,31 @@ def torch_layers(uses: Uses) -> Iterator[TorchLayers]:
     plain: dict[ast.Call, TorchLayers] = {}
     subclasses: dict[ast.ClassDef, TorchLayers] = {}
     for module in uses.machine.modules:
-        if module.torch_name not in (*LAYERS, STACK) or not isinstance(module.call, ast.Call) or module.frame is None:
+        if module.torch_name not in (*LAYERS, STACK) or module.frame is None:
             continue
-        if module.cls is not None:
-            if module.cls.torch_base() in LAYERS and all(name in module.attributes for name in PARTS):
+        if isinstance(module.call, ast.ClassDef) and module.cls is not None and module.torch_name == STACK:
+            if _has_torchs_parts(module, module.cls):  # a model that is torch's whole transformer itself
+                made = TorchLayers([], module.call, module.frame, module.cls)
+                subclasses.setdefault(module.cls.node, made).modules.append(module)
+        elif not isinstance(module.call, ast.Call):
+            continue
+        elif module.cls is not None:
+            if _has_torchs_parts(module, module.cls):
                 made = TorchLayers([], module.call, module.frame, module.cls)
                 subclasses.setdefault(module.cls.node, made).modules.append(module)
         elif module.torch_name != STACK or not _brings_its_own_layers(module):
             plain.setdefault(module.call, TorchLayers([], module.call, module.frame)).modules.append(module)
     yield from plain.values()
     yield from subclasses.values()
+
+
+def _has_torchs_parts(module: Module, cls: Class) -> bool:
+    """Whether an instance of a subclass has a feed-forward that torch's constructor made."""
+    if cls.torch_base() in LAYERS:
+        return all(name in module.attributes for name in PARTS)
+    stacks = [module.attributes.get(name) for name in ("encoder", "decoder")]
+    is_made = any(isinstance(part, Module) and part.call is module.call for part in stacks)
+    return cls.torch_base() == STACK and is_made
 
 
 def _brings_its_own_layers(stack: Module) -> bool:
@@ -112,6 +127,7 @@ class TorchEdits:
 
     def _plain(self, layers: TorchLayers) -> list[Edit]:
         wanted = layers.modules[0].torch_name
+        assert isinstance(layers.call, ast.Call)
         called = self.uses.values(layers.call.func)
         if not called or not all(isinstance(v, External) and v.dotted == wanted for v in called):
             raise Refused(f"nn.{layers.name} is not called by its name here", f"write the call of nn.{layers.name} out")
@@ -140,7 +156,7 @@ class TorchEdits:
         what = f"{cls.name}, a subclass of nn.{layers.name},"
         if "_ff_block" in cls.members:
             raise Refused(f"{what} has a feed-forward of its own", "gate it by hand, and size its linear layers there")
-        if any(unreached_reads(self.uses, cls, name) for name in PARTS):
+        if cls.torch_base() in LAYERS and any(unreached_reads(self.uses, cls, name) for name in PARTS):
             raise Refused(f"{what} uses its parts in code that the project does not reach")
         if sum(isinstance(c, Class) for c in cls.mro) > 1:
             raise Refused(f"{what} has further base classes of the project")

@@ -382,6 +382,8 @@ def module_method(
         return calls.call_torch(m, frame, node, module, args, kwargs)
     if name == "_ff_block" and "linear1" in module.attributes and len(args) == 1:
         return torch_layers.run_feed_forward(m, frame, node, module, args)
+    if name in ("__getattr__", "__getattribute__", "__setattr__"):
+        return (setattr_ if name == "__setattr__" else getattr_)(m, frame, node, [module, *args], kwargs)
     if name in ("register_buffer", "register_parameter", "add_module", "register_module"):
         return _register(m, frame, node, module, name, args, kwargs)
     if name == "apply" and args:

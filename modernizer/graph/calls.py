@@ -438,7 +438,7 @@ MODULE_METHODS = frozenset(
     " named_modules named_parameters parameters register_backward_hook register_buffer register_forward_hook"
     " register_forward_pre_hook register_full_backward_hook register_module register_parameter requires_grad_ "
     " set_submodule share_memory state_dict to train type update values xpu zero_grad __init__ __call__ pop"
-    " clear".split()
+    " clear __getattr__ __getattribute__ __setattr__".split()
 )
 
 

@@ -390,6 +390,13 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 """
     ),
+    "blocks as attributes with numbers": program(two_linears("F.relu(self.fc1(x))")).replace(
+        "self.blocks = nn.ModuleList([Block(d) for _ in range(layers)])",
+        "self.layers = layers\n        for i in range(layers):\n            self.__setattr__('block_%d' % i, Block(d))",
+    ).replace(
+        "for block in self.blocks:\n            x = block(x)",
+        "for i in range(self.layers):\n            x = self.__getattr__('block_%d' % i)(x)",
+    ),
     "layers reset by a method nobody calls": program(
         two_linears("F.relu(self.fc1(x))").replace(
             "    def forward",

@@ -82,6 +82,18 @@ class Layer(nn.TransformerEncoderLayer):
         return super().forward(src * 1.0, *args, **kwargs)
 """,
     ),
+    "subclass of the whole transformer": f"""{HEAD}
+
+class Net(nn.Transformer):
+    def __init__(self, d=16):
+        super().__init__(d_model=d, nhead=2, num_encoder_layers=2, dim_feedforward=64, batch_first=True)
+        self.embed = nn.Embedding(11, d)
+        self.decoder = nn.Linear(d, 11)
+
+    def forward(self, ids):
+        mask = torch.triu(torch.full((ids.size(1), ids.size(1)), float("-inf")), 1)
+        return self.decoder(self.encoder(self.embed(ids), mask=mask))
+""",
     "decoder": with_layers(
         "self.stack = nn.TransformerDecoder(nn.TransformerDecoderLayer(d, 2, batch_first=True), 2)",
         forward="return self.head(self.stack(x, x, tgt_mask=mask, memory_mask=mask))",
@@ -356,15 +368,20 @@ UNTOUCHED = {
     "positions mixed": MIXER,
     "positions mixed, transposed by the block": changed(
         MIXER,
-        "self.fc1(x.transpose(1, 2)))).transpose(1, 2)", "self.fc1(x)))",
-        "self.ff(self.norm2(x))", "self.ff(self.norm2(x).permute(0, 2, 1)).mT",
-    ),  # fmt: skip
+        "self.fc1(x.transpose(1, 2)))).transpose(1, 2)",
+        "self.fc1(x)))",
+        "self.ff(self.norm2(x))",
+        "self.ff(self.norm2(x).permute(0, 2, 1)).mT",
+    ),
     "positions mixed by convolutions": changed(
         MIXER,
-        "self.fc1(x.transpose(1, 2)))).transpose(1, 2)", "self.fc1(x)))",
-        "nn.Linear(length, hidden)", "nn.Conv1d(length, hidden, 1)",
-        "nn.Linear(hidden, length)", "nn.Conv1d(hidden, length, 1)",
-    ),  # fmt: skip
+        "self.fc1(x.transpose(1, 2)))).transpose(1, 2)",
+        "self.fc1(x)))",
+        "nn.Linear(length, hidden)",
+        "nn.Conv1d(length, hidden, 1)",
+        "nn.Linear(hidden, length)",
+        "nn.Conv1d(hidden, length, 1)",
+    ),
     "head": HEAD_AND_ATTENTION,
     "head whose loss is added to another": changed(
         HEAD_AND_ATTENTION,
