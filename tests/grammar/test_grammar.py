@@ -1,0 +1,60 @@
+"""The grammar tells the truth about its programs, and every rule stands up to them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+
+from .choices import DIMENSIONS, Choice, fitted
+from .compose import Program, compose
+from .labels import untrue_labels
+from .running import float64, load
+from .strategy import programs
+
+SETTINGS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def labels(program: Program) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder, float64():
+        program.write(Path(folder))
+        return untrue_labels(load(program, Path(folder)))
+
+
+@pytest.mark.parametrize(
+    ("dimension", "value"), [(name, value) for name, values in DIMENSIONS.items() for value in values]
+)
+def test_labels_are_true_of_every_idiom_on_its_own(dimension: str, value: str) -> None:
+    context = {"position": "learned"} if dimension.startswith("position_") else {}
+    program = compose(Choice(**{**context, dimension: value}))
+    assert labels(program) == []
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_labels_are_true_of_combinations(batch: int) -> None:
+    @seed(batch)
+    @settings(SETTINGS, max_examples=75)
+    @given(programs())
+    def check(program: Program) -> None:
+        assert labels(program) == []
+
+    check()
+
+
+def test_programs_shrink_to_the_simplest() -> None:
+    assert fitted(Choice()) == Choice()
+    assert Choice(**{name: values[0] for name, values in DIMENSIONS.items()}) == Choice()
