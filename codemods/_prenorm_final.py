@@ -11,7 +11,7 @@ from codemods._prenorm_common import Impossible, defining, quoted, receiver_name
 from codemods._prenorm_sizes import Translator
 from modernizer.edit import AddImport, Edit, Insert, Replace
 from modernizer.graph import Graph
-from modernizer.graph.values import Class, Frame, Many, Module, Node, Package, Value
+from modernizer.graph.values import Class, Frame, Many, Module, Node, Package, Value, flatten
 from modernizer.imports import Imports
 from modernizer.model_map.residual import Residual
 from modernizer.model_map.stack import LOOP, SEQUENTIAL, Stack
@@ -42,17 +42,35 @@ class Exit:
     attribute: str
     edits: tuple[Edit, ...]
     replaces: ast.Call | None = None
+    call: ast.Call | None = None  # behind which the norm is called
 
 
 def exit_of(graph: Graph, stack: Stack, others: Sequence[Stack]) -> Exit:
     """Where the final norm of a stack is called; `others` are all that are upgraded with it. Raises Impossible."""
     if stack.kind == LOOP:
+        if _is_bare_container(stack.frame):
+            return _around_container(graph, stack)
         return _after_loop(graph, stack, [s for s in others if s.frame is stack.frame and s.node is stack.node])
     end = _only_end(stack)
     if stack.kind == SEQUENTIAL:
         assert isinstance(stack.node, ast.Call)
         return _after_call(graph, stack, end, stack.node, stack.frame)
     return _plain(graph, stack, end)
+
+
+def _is_bare_container(frame: Frame) -> bool:
+    """Whether the stack's class is one of torch's containers with another `forward`: nothing else fits in there."""
+    owner = frame.receiver
+    if not isinstance(owner, Module) or owner.cls is None or owner.children is None:
+        return False
+    return defining(owner.cls, "__init__") is None
+
+
+def _around_container(graph: Graph, stack: Stack) -> Exit:
+    call, caller = stack.frame.call, stack.frame.caller
+    if not isinstance(call, ast.Call) or caller is None:
+        raise _lost(stack)
+    return _after_call(graph, stack, _only_end(stack), call, caller)
 
 
 def _only_end(stack: Stack) -> Residual:
@@ -108,19 +126,43 @@ def _after_loop(graph: Graph, stack: Stack, runs: Sequence[Stack]) -> Exit:
     if loop.orelse:
         raise _lost(stack)
     carried = {key for run in runs for end in run.ends for key in run.flow.carried(end)}
-    names = _carriers(graph, loop, frame, carried)
-    used = [n for n in names if _is_read_after(frame, loop, n)]
-    if not used and len(names) == 1 and _collected(stack, frame, loop, names[0], carried):
-        used = names
-    if len(used) != 1:
-        raise _lost(stack)
-    name = used[0]
-    call = f"{receiver_name(frame)}.{NAME}"
-    code = f"{name} = {call}({name})\n" + _collected(stack, frame, loop, name, carried)
+    code = _after_loop_code(graph, stack, frame, loop, carried)
     return Exit(stack, frame, owner, attribute, (Insert(frame.path, loop, code),))
 
 
-def _carriers(graph: Graph, loop: ast.For | ast.While, frame: Frame, carried: set[int]) -> list[str]:
+def _after_loop_code(graph: Graph, stack: Stack, frame: Frame, loop: ast.For | ast.While, carried: set[int]) -> str:
+    """What norms the stream behind a loop: the variable that holds it, its other names, and what was collected."""
+    norm = f"{receiver_name(frame)}.{NAME}"
+    held = _carriers(graph, loop, frame, carried)
+    used = [n for n in held if _is_read_after(frame, loop, n)]
+    if not used and len(held) == 1 and _collected(stack, frame, loop, next(iter(held)), carried):
+        used = list(held)
+    if not used:
+        return _collected_alone(stack, frame, loop, norm, carried)
+    if len({id(held[n]) for n in used}) != 1:
+        raise _lost(stack)
+    name = used[0]
+    others = "".join(f"{other} = {name}\n" for other in used[1:])
+    return f"{name} = {norm}({name})\n{others}" + _collected(stack, frame, loop, name, carried)
+
+
+def _collected_alone(stack: Stack, frame: Frame, loop: ast.AST, norm: str, carried: set[int]) -> str:
+    """For a stream that is only held as the last element of a list."""
+    lists = [
+        name
+        for name, value in frame.names.items()
+        if isinstance(value, Many)
+        and value.kind == "list"
+        and value.items
+        and id(value.items[-1]) in carried
+        and any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(loop))
+    ]
+    if len(lists) != 1:
+        raise _lost(stack)
+    return f"{lists[0]}[-1] = {norm}({lists[0]}[-1])\n"
+
+
+def _carriers(graph: Graph, loop: ast.For | ast.While, frame: Frame, carried: set[int]) -> dict[str, Value]:
     """The variables that hold the stream when a loop is over."""
     found: dict[str, Value] = {}
     for node in ast.walk(loop):
@@ -128,7 +170,7 @@ def _carriers(graph: Graph, loop: ast.For | ast.While, frame: Frame, carried: se
             values = values_in(graph.machine, node, frame)
             if values:
                 found[node.id] = max([v for v in (found.get(node.id), values[-1]) if v is not None], key=_age)
-    return [name for name, value in found.items() if id(value) in carried]
+    return {name: value for name, value in found.items() if id(value) in carried}
 
 
 def _age(value: Value) -> int:
@@ -182,10 +224,10 @@ def _after_call(graph: Graph, stack: Stack, end: Residual, call: ast.Call, frame
         ]
         if len(names) == 1:
             code = f"{names[0]} = {norm}({names[0]})\n"
-            return Exit(stack, frame, owner, attribute, (Insert(frame.path, statement, code),))
+            return Exit(stack, frame, owner, attribute, (Insert(frame.path, statement, code),), call=call)
     if all(id(v) in carried for v in values_in(graph.machine, call, frame)):
         code, holes = quoted(source.code(call), call)
-        return Exit(stack, frame, owner, attribute, (Replace(frame.path, call, f"{norm}({code})", holes),))
+        return Exit(stack, frame, owner, attribute, (Replace(frame.path, call, f"{norm}({code})", holes),), call=call)
     raise _lost(stack)
 
 
@@ -196,7 +238,8 @@ def _plain(graph: Graph, stack: Stack, end: Residual) -> Exit:
         call = _call_into(end, frame)
         if call is not None and not _is_one_layer(stack, frame):
             return _after_call(graph, stack, end, call, frame)
-        returned = frame.result is not None and id(frame.result) in stack.flow.carried(end)
+        results = flatten(frame.result) if frame.result is not None else ()
+        returned = any(id(leaf) in stack.flow.carried(end) for leaf in results)
         if call is None and not returned and end.norm is not None:
             return _in_place(stack, end, frame)
         if frame.caller is None or frame.caller.function is None:

@@ -24,7 +24,7 @@ from codemods._prenorm_torch import (
 )
 from modernizer.edit import Edit, Insert, Replace
 from modernizer.graph.query import location
-from modernizer.graph.values import Frame, Module
+from modernizer.graph.values import Class, Frame, Module
 from modernizer.model_map import ModelMap
 from modernizer.model_map.residual import FLAG, NONE, POST, PRE, PSEUDO, Residual
 from modernizer.model_map.stack import Stack
@@ -65,7 +65,7 @@ class Prenorm(Rule):
     def plan(self, model: ModelMap, options: Mapping[str, bool]) -> Plan:
         """What to change, what to refuse and what is modern already."""
         plan = Plan()
-        verdicts = {id(s): _verdict(s) for s in model.stacks.all if s.attends}
+        verdicts = {id(s): _verdict(s) for s in model.stacks.all if s.attends and not _is_repeated(model, s)}
         groups = _groups(model, [s for s in model.stacks.all if verdicts.get(id(s)) == POST], plan)
         for stack in model.stacks.all:
             verdict = verdicts.get(id(stack))
@@ -120,6 +120,26 @@ def _report(plan: Plan, stack: Stack, verdict: str) -> None:
         return
     reason, hint = {FLAG: CHOICE, PSEUDO: PSEUDO_PRE}.get(verdict, MIXED)
     plan.refusals.append(Refusal(place, reason, hint))
+
+
+def _is_repeated(model: ModelMap, part: Stack | Residual) -> bool:
+    """Whether this was seen running a base class on its own, whose code runs in an instance of a class made from it."""
+    entry = list(part.frame.outward())[-2:][0]
+    cls = entry.receiver.cls if isinstance(entry.receiver, Module) else None
+    if entry.function is None or cls is None:
+        return False
+    node = entry.function.node
+    return any(
+        f.function is not None
+        and f.function.node is node
+        and f.caller is not None
+        and f.caller.function is not None
+        and isinstance(f.receiver, Module)
+        and f.receiver.cls is not None
+        and f.receiver.cls.node is not cls.node
+        and any(isinstance(c, Class) and c.node is cls.node for c in f.receiver.cls.mro)
+        for f in model.graph.machine.frames
+    )
 
 
 # -- what belongs together
@@ -196,7 +216,8 @@ def _edits(model: ModelMap, group: _Group) -> tuple[list[Edit], list[str]]:
             assert r.sum.node is not None
             contexts.setdefault(r.sum.node, []).append(r)
     _check_coverage(model, group, contexts)
-    exits = [exit_of(model.graph, s, group.stacks) for s in group.stacks if not s.final_norms()]
+    exits = [exit_of(model.graph, s, group.stacks) for s in _last(model, group.stacks) if not s.final_norms()]
+    _check_exits(model, group, exits)
     by_torch = {layer.call: layer for layer in _torch_layers(group) if layer.call is not None}
     edits: list[Edit] = []
     for layer in by_torch.values():
@@ -211,6 +232,23 @@ def _edits(model: ModelMap, group: _Group) -> tuple[list[Edit], list[str]]:
     dropped = [edit for rs in contexts.values() for edit in _drops(rs, replaced)]
     edits = [e for e in edits if not any(_same_place(e, d) for d in dropped)]
     return _distinct([*edits, *final]), notes
+
+
+def _last(model: ModelMap, stacks: Sequence[Stack]) -> list[Stack]:
+    return [s for s in stacks if not model.stacks.goes_on(s)]
+
+
+def _check_exits(model: ModelMap, group: _Group, exits: Sequence[Exit]) -> None:
+    """A final norm in a loop over layers that have something between them would run behind every one of them."""
+    calls = {id(e.call) for e in exits if e.call is not None}
+    for stack in group.stacks:
+        if model.stacks.goes_on(stack) and any(id(f.call) in calls for f in stack.frame.outward()):
+            r = stack.residuals[-1]
+            assert r.sum.node is not None
+            raise Impossible(
+                r.sum.node, r.frame, "something stands between the layers of this stack, also behind the last of them",
+                "norm the stream where it leaves the stack",
+            )  # fmt: skip
 
 
 def _torch_layers(group: _Group) -> list[Module]:
@@ -287,11 +325,11 @@ def _check_coverage(model: ModelMap, group: _Group, contexts: Mapping[ast.AST, S
         id(r.norm.call): r for rs in contexts.values() for r in rs if r.norm is not None and r.norm.call is not None
     }
     for r in model.residuals.all:
-        if r.sum.node in contexts and id(r) not in known:
+        if r.sum.node in contexts and id(r) not in known and not _is_repeated(model, r):
             raise Impossible(
                 r.sum.node or ast.Pass(), r.frame, "this sum is part of other stacks as well, which cannot be upgraded"
             )
-    norms = {id(r.norm) for rs in contexts.values() for r in rs}
+    norms = {id(r.norm) for r in model.residuals.all if id(r) in known or _is_repeated(model, r)}
     for norm in model.norms.all:
         if id(norm.call) in calls and id(norm) not in norms:
             assert norm.call is not None
@@ -337,11 +375,11 @@ def _review(rule: Prenorm, before: ModelMap, after: ModelMap, upgrades: Sequence
         return "the stacks of the result are not those there were"
     for stack in after.stacks.all:
         sites = [s for s in before.stacks.all if id(s) in touched and _site(s) == _site(stack)]
-        if not sites or left.upgrades:
+        if not sites or left.upgrades or _is_repeated(after, stack):
             continue
         if any(r.kind != PRE or r.is_partial for r in stack.residuals):
             return f"a sum of {function_name(stack.residuals[0].frame)} is not pre-norm"
-        if stack.residuals[0].layer is None and not stack.final_norms():
+        if stack.residuals[0].layer is None and not after.stacks.goes_on(stack) and not stack.final_norms():
             return f"the stack of {function_name(stack.frame)} does not end in a norm"
     others_old = Counter((_site(s), r.kind) for s in before.stacks.all if id(s) not in touched for r in s.residuals)
     others_new = Counter((_site(s), r.kind) for s in after.stacks.all for r in s.residuals)

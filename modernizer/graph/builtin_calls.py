@@ -435,4 +435,10 @@ def _container_method(
         return module
     if name in ("children", "modules"):
         return Many(list(children.items), "list", children.open)
+    if name in ("named_children", "named_modules"):
+        keys = list(names.entries) if isinstance(names, Table) else [str(i) for i in range(len(children.items))]
+        pairs: list[Value] = [
+            Many([Const(key), item], "tuple") for key, item in zip(keys, children.items, strict=False)
+        ]
+        return Many(pairs, "list", children.open)
     return m.node("opaque", (module, *args), node, frame, name=name)

@@ -146,6 +146,9 @@ def subscript(m: Machine, frame: Frame, node: ast.Subscript, receiver: Value, in
             return m.merge([subscript(m, frame, node, option, index) for option in kinds], node, frame)
     if isinstance(receiver, Table):
         return _entry(m, frame, node, receiver, index)
+    named = receiver.attributes.get("#names") if isinstance(receiver, Module) else None
+    if isinstance(named, Table) and isinstance(index, Const) and index.value in named.entries:
+        return named.entries[index.value]
     many = as_many(m, frame, receiver, node)
     if many is not None:
         return _element(m, frame, node, receiver, many, index)

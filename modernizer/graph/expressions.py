@@ -93,6 +93,11 @@ def _of_object(m: Machine, frame: Frame, node: ast.AST, receiver: Object, attr: 
         items = receiver.attributes.get("#names")
         if isinstance(items, Table) and attr in items.entries:
             return items.entries[attr]
+        if attr == "_modules" and receiver.children is not None:
+            children = receiver.children
+            if isinstance(items, Table):
+                return items
+            return Table({str(i): item for i, item in enumerate(children.items)}, children.open)
         return calls.torch_attribute(m, frame, node, receiver, attr)
     return m.node("attr", (receiver,), node, frame, name=attr)
 

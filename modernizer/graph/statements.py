@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from modernizer.graph import containers
+from modernizer.graph import calls, containers
 from modernizer.graph.inplace import rebind
 from modernizer.graph.machine import Dead, Loop, Machine, Outcome
 from modernizer.graph.truth import truth
@@ -104,6 +104,12 @@ def _set_item(m: Machine, frame: Frame, target: ast.Subscript, value: Value) -> 
             m.set_items(receiver, items)
     elif isinstance(receiver, Module):
         items_ = receiver.children
+        named = receiver.attributes.get("#names")
+        if items_ is not None and isinstance(named, Table) and isinstance(index, Const):
+            m.set_items(items_, [*(i for k, i in named.entries.items() if k != index.value), value])
+            m.set_entry(named, index.value, value)
+            calls.adopt(receiver, value, str(index.value))
+            return
         if items_ is not None and isinstance(index, Const) and isinstance(index.value, int):
             fresh = list(items_.items)
             if index.value < len(fresh):

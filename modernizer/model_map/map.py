@@ -93,9 +93,13 @@ class ModelMap:
     @cached_property
     def roles(self) -> Sequence[Role]:
         """Every recognised part, in the order of files and lines."""
-        from modernizer.model_map import feed_forward, position
+        from modernizer.model_map import feed_forward, position, stack
 
-        found = [*feed_forward.roles(self.feed_forwards), *position.roles(self.positions)]
+        found = [
+            *feed_forward.roles(self.feed_forwards),
+            *position.roles(self.positions),
+            *stack.roles(self.stacks),
+        ]
         return sorted(found, key=lambda role: (str(role.location.path), role.location.line, role.location.column))
 
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from modernizer.graph import Graph
-from modernizer.graph.query import is_torch, users
+from modernizer.graph.query import class_of, is_torch, location, users
 from modernizer.graph.values import Frame, Module, Node, Value
+from modernizer.model_map.map import Evidence, Role
 from modernizer.model_map.norm import Norm, Norms, made_of
-from modernizer.model_map.residual import LAYOUT, SIZES, Residual, Residuals
+from modernizer.model_map.residual import LAYOUT, SIZES, Residual, Residuals, path
+from modernizer.source import Location
 from modernizer.syntax import loops_around
 
 # What the stream may pass between two sums and still be the stream: copies, other layouts, and masking.
@@ -130,6 +132,26 @@ class Stacks:
         for component in self._components(residuals.all):
             self.all += self._split(component)
 
+    def goes_on(self, stack: Stack) -> bool:
+        """Whether a layer written out is followed by others of its list, behind something that is no sum (a pooling).
+
+        The layers are the same code, called in one method; a generation loop embeds what it puts out.
+        """
+        if stack.kind != PLAIN or len(stack.ends) != 1:
+            return False
+        return any(self._follows(other, stack) for other in self.all if other is not stack)
+
+    def _follows(self, other: Stack, stack: Stack) -> bool:
+        first, end = other.residuals[0], stack.ends[0]
+        if other.kind != PLAIN or first.sum.node is not stack.residuals[0].sum.node:
+            return False
+        if other.frame.caller is not stack.frame.caller:
+            return False
+        if other.frame.call is stack.frame.call and _weights(other) & _weights(stack):
+            return False
+        way = path(end.out, first.stream)
+        return id(first.stream) in way and not any(node.op == "embedding" for node in way.values())
+
     def _components(self, all_: Sequence[Residual]) -> list[list[Residual]]:
         """The sums that hang together along a stream, in the order of their evaluation."""
         group = {id(r): {id(r)} for r in all_}
@@ -193,6 +215,63 @@ class Stacks:
 def _holds_layers(value: Value) -> bool:
     children = value.children if isinstance(value, Module) else None
     return children is not None and sum(1 for c in children.items if isinstance(c, Module) and c.cls is not None) > 1
+
+
+KINDS = {"pre": "pre-norm", "post": "post-norm", "none": "without norm", "both": "pre- or post-norm, by a flag"}
+
+
+def roles(stacks: Stacks) -> list[Role]:
+    """Each stack that attends, each of its sums and their norms, as entries of the map."""
+    found: dict[tuple[str, Location], Role] = {}
+    for stack in stacks.all:
+        if not stack.attends:
+            continue
+        start = _site(stack.node if stack.node is not None else stack.residuals[0].sum.node, stack)
+        evidence = [Evidence(start, _sentence(stack))]
+        for norm in stack.final_norms():
+            if norm.call is not None:
+                evidence.append(Evidence(location(norm.call, norm.frame), "what comes out of it is normed here"))
+        _enter(found, Role("stack", start, owner_name(stack.frame), evidence))
+        for r in stack.residuals:
+            if r.sum.node is None:
+                continue
+            place = location(r.sum.node, r.frame)
+            order = KINDS.get(r.kind, r.kind)
+            said = Evidence(place, f"the stream is continued by what was made of it: {order}")
+            _enter(found, Role("residual", place, owner_name(r.frame), [said]))
+            for norm in (*r.entry_norms, *([r.norm] if r.norm else [])):
+                if norm.call is not None:
+                    where = location(norm.call, norm.frame)
+                    said = Evidence(where, f"a {norm.kind} norm, eps {norm.eps if norm.eps is not None else 'open'}")
+                    _enter(found, Role("norm", where, owner_name(norm.frame), [said]))
+    return list(found.values())
+
+
+def _enter(found: dict[tuple[str, Location], Role], role: Role) -> None:
+    found.setdefault((role.kind, role.location), role)
+
+
+def _site(node: ast.AST | None, stack: Stack) -> Location:
+    first = stack.residuals[0]
+    if stack.node is not None:
+        return location(stack.node, stack.frame)
+    return location(node or ast.Pass(), first.frame)
+
+
+def _sentence(stack: Stack) -> str:
+    how = {LOOP: "run in this loop", SEQUENTIAL: "run by this call", PLAIN: "written out from here on"}[stack.kind]
+    return f"layers of {len({r.sum.node for r in stack.residuals})} residual sums, {how}"
+
+
+def owner_name(frame: Frame) -> str:
+    """The class whose code an activation executes, '' outside of classes."""
+    cls = class_of(frame)
+    return cls.name if cls else ""
+
+
+def _weights(stack: Stack) -> set[int]:
+    norms = [norm for r in stack.residuals for norm in (r.norm, *r.entry_norms) if norm is not None]
+    return {id(norm.module) for norm in norms}
 
 
 def _is_plain(key: object) -> bool:

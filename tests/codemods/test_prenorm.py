@@ -12,6 +12,7 @@ import pytest
 import torch
 from prenorm_more import LEFT, MORE
 from prenorm_programs import FORMS
+from prenorm_runs import RUNS, RUNS_LEFT
 from prenorm_torch_layers import TORCH, TORCH_LEFT, TORCH_MODERN
 from prenorm_traps import GOOD, REFUSED, UNTOUCHED
 
@@ -87,12 +88,12 @@ def twin(module: Any, model: torch.nn.Module, finals: list[str]) -> torch.Tensor
 
 
 def assert_gradients(model: torch.nn.Module, output: torch.Tensor) -> None:
-    output.square().sum().backward()
+    torch.autograd.backward(output.square().sum())
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not dead
 
 
-@pytest.mark.parametrize("text", [*FORMS.values(), *MORE.values()], ids=[*FORMS, *MORE])
+@pytest.mark.parametrize("text", [*FORMS.values(), *MORE.values(), *RUNS.values()], ids=[*FORMS, *MORE, *RUNS])
 def test_form_becomes_its_prenorm_twin(text: str, tmp_path: Path) -> None:
     result = upgraded(tmp_path, text)
     module = load(result)
@@ -113,14 +114,15 @@ def test_layers_of_torch_are_prenorm_and_end_in_a_norm(text: str, tmp_path: Path
     assert layers and all(layer.norm_first for layer in layers)
     new_modules(build(load(text)), model)
     with torch.no_grad():
-        model.get_submodule("embed").weight.mul_(100)  # type: ignore[union-attr, operator]
+        model.get_submodule("embed").weight.mul_(100)  # type: ignore[operator]
     assert model(IDS).std() < 20, "the stack does not end in a norm"
     assert_gradients(model, model(IDS))
 
 
-@pytest.mark.parametrize(
-    "text", [*REFUSED.values(), *LEFT.values(), *TORCH_LEFT.values()], ids=[*REFUSED, *LEFT, *TORCH_LEFT]
-)
+ALL_REFUSED = {**REFUSED, **LEFT, **RUNS_LEFT, **{f"torch: {name}": text for name, text in TORCH_LEFT.items()}}
+
+
+@pytest.mark.parametrize("text", ALL_REFUSED.values(), ids=ALL_REFUSED)
 def test_refused_with_a_reason_and_untouched(text: str, tmp_path: Path) -> None:
     path = tmp_path / "model.py"
     path.write_text(text)

@@ -365,3 +365,29 @@ def test_a_module_of_the_package_s_own_name_is_not_the_package(tmp_path: Path) -
     )
     graph = graph_of(tmp_path, model____init__="", model__parts=parts, model__model=main)
     assert ops(graph, "tanh") == ["tanh"]
+
+
+@pytest.mark.parametrize(
+    "made, applied",
+    [
+        ("nn.ModuleDict({'a': nn.Linear(2, 2), 'b': nn.ReLU()})", "self.m['b'](self.m['a'](x))"),
+        ("nn.ModuleDict()\n        self.m['a'], self.m['b'] = nn.Linear(2, 2), nn.ReLU()", "self.m['b'](self.m['a'](x))"),
+    ],
+)
+def test_modules_under_names(tmp_path: Path, made: str, applied: str) -> None:
+    text = HEAD + (
+        f"class M(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.m = {made}\n"
+        f"    def forward(self, x):\n        return {applied}\n"
+    )
+    assert ops(graph_of(tmp_path, m=text)) == ["linear", "relu"]
+
+
+@pytest.mark.parametrize("loop", ["module in self._modules.values()", "_, module in self.named_children()"])
+def test_sequential_that_runs_its_own_children(tmp_path: Path, loop: str) -> None:
+    text = HEAD + (
+        f"class S(nn.Sequential):\n    def forward(self, x):\n        for {loop}:\n            x = module(x)\n"
+        "        return x\n"
+        "class M(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.s = S(nn.Linear(2, 2), nn.ReLU())\n    def forward(self, x):\n        return self.s(x)\n"
+    )
+    assert ops(graph_of(tmp_path, m=text)) == ["linear", "relu"]
