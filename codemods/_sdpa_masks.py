@@ -16,6 +16,8 @@ _KEEPS_VALUES = (IDENTITY - {"dropout"}) | frozenset(
 _KEEPS_LAST_AXIS = (IDENTITY - {"dropout"}) | frozenset(
     "view reshape unsqueeze expand byte bool int long Variable from_numpy tensor as_tensor parameter repeat".split()
 )
+# What takes a dtype, and gives another than its operand's without.
+TYPED = frozenset("ones zeros full full_like ones_like zeros_like tensor as_tensor to type".split())
 SMALLEST_FILL = -1000.0
 
 
@@ -27,11 +29,23 @@ def is_boolean(value: Value) -> bool:
         return all(is_boolean(v) for v in value.args if not is_none(v))
     if value.op in COMPARISONS or value.op == "bool":
         return True
-    if value.op in ("to", "type", "ones", "zeros", "full"):
-        return any(isinstance(a, External) and a.dotted == "torch.bool" for a in (*value.args, *value.kwargs.values()))
+    if value.op in TYPED:
+        operands = (*value.args, *value.kwargs.values())
+        if any(isinstance(a, External) and a.dotted in ("torch.bool", "builtins.bool") for a in operands):
+            return True
+        if value.op not in ("to", "type") or any(_names_a_type(a) for a in operands[1:]):
+            return False
     if value.op in ("and", "or", "xor", "invert"):
         return all(is_boolean(a) for a in value.args)
-    return value.op in (_KEEPS_VALUES | {"tril", "triu"}) and bool(value.args) and is_boolean(value.args[0])
+    keeps = (_KEEPS_VALUES | {"tril", "triu"}) - {"byte", "int", "long", "float", "half", "double", "bfloat16"}
+    return value.op in keeps and bool(value.args) and is_boolean(value.args[0])
+
+
+def _names_a_type(value: Value) -> bool:
+    """Whether an operand of `to` or `type` may be a type; devices and flags are not."""
+    if isinstance(value, Const):
+        return isinstance(value.value, str) and value.value.startswith("torch.")
+    return not (isinstance(value, Node) and value.op == "attr" and value.name == "device")
 
 
 def is_float(value: Value) -> bool:

@@ -623,9 +623,7 @@ class Builder:
             return f"{self.atom(code)} {'!=' if attends else '=='} 0"
         boolean = bool(event.values) and all(is_boolean(v) for v in event.values)
         if event.attends == attends:
-            # masked_fill takes no other masks than boolean ones, where takes bytes too
-            is_where = not isinstance(event.node, ast.Call) or not is_masked_fill(event.node)
-            return f"{self.atom(code)}.bool()" if is_where and not boolean else code
+            return code if boolean else f"{self.atom(code)}.bool()"  # masks were bytes in the torch of old
         return negated(code, self.atom)
 
     def _check_views(self) -> None:
@@ -1029,10 +1027,6 @@ def storage(value: Value) -> set[int]:
             elif node.op in VIEWS or node.op == "setitem" or in_place:
                 todo.extend(node.args[:1])
     return found
-
-
-def is_masked_fill(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Attribute) and call.func.attr in ("masked_fill", "masked_fill_")
 
 
 def is_literal(node: ast.expr) -> bool:
