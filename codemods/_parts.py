@@ -39,6 +39,9 @@ class Parts:
         named = [self.code.self_name(c.frame) for c in anchor.contexts]
         if any(n is None for n in named):
             raise Cannot("no module's method hands query and key in here", place(anchor.contexts[0].attention))
+        if any(n is not None and built_in_a_call(n[1]) for n in named):
+            raise Cannot("the module is made anew in every call", place(anchor.contexts[0].attention),
+                         "make it in the constructor")  # fmt: skip
         self_name = named[0][0] if named[0] else ""
         changes = [c for c in anchor.contexts if c.changes]
         stays = [c for c in anchor.contexts if not c.changes]
@@ -153,6 +156,12 @@ class Parts:
                 assert isinstance(call, ast.Call)
                 self._flagged.add(call)
                 self.edits.append(AddArgument(self.code.tree.path(call), call, "True", self.flag))
+
+
+def built_in_a_call(module: Module) -> bool:
+    """Whether a module is constructed while the model runs: such a one is no sub-module of anything."""
+    methods = [f for f in (module.frame.outward() if module.frame else ()) if isinstance(f.receiver, Module)]
+    return bool(methods) and not any(f.function is not None and f.function.name == "__init__" for f in methods)
 
 
 def _calls_super(statement: ast.stmt) -> bool:
