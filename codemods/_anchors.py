@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from codemods._survey import Cannot, place
 from modernizer.edit import Edit, Insert
 from modernizer.graph import Graph
-from modernizer.graph.query import SHAPES, is_none, location
+from modernizer.graph.query import SHAPES, is_none, location, origin
 from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Function, Module, Node, Value
 from modernizer.model_map.attention import Attention, Operand
@@ -312,12 +312,6 @@ def _is_static(function: Function) -> bool:
 
 
 # -- who is changed and who is not, at an anchor
-
-
-def origin(module: Module) -> Module:
-    while module.template is not None:
-        module = module.template
-    return module
 
 
 def constructions(code: Code, contexts: Sequence[Context]) -> dict[ast.AST, list[Module]]:

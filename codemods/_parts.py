@@ -6,10 +6,10 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from codemods._anchors import Anchor, Code, Context, constructions, origin, told_by_arguments
+from codemods._anchors import Anchor, Code, Context, constructions, told_by_arguments
 from codemods._survey import Cannot, place
 from modernizer.edit import AddArgument, AddParameter, Edit, Insert
-from modernizer.graph.query import class_of
+from modernizer.graph.query import class_of, origin
 from modernizer.graph.values import Class, External, Module
 from modernizer.imports import Imports
 

@@ -9,8 +9,9 @@ from modernizer.source import SourceError, SourceFile
 
 # Never looked for beside the user's files, even where a folder of that name lies there.
 EXTERNAL = frozenset(
-    "torch modernizer numpy math einops typing typing_extensions collections functools copy itertools os sys"
-    " dataclasses abc warnings random json re time enum operator logging tqdm scipy pandas torchvision torchtext torchaudio".split()
+    "torch modernizer numpy math einops typing typing_extensions collections functools copy itertools os"
+    " sys dataclasses abc warnings random json re time enum operator logging tqdm scipy pandas"
+    " torchvision torchtext torchaudio".split()
 )
 SKIPPED_FOLDERS = frozenset(
     {".git", ".venv", "venv", "__pycache__", "node_modules", "build", "dist", ".eggs", "site-packages"}

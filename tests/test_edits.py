@@ -925,7 +925,7 @@ COMPOUND = st.recursive(
     max_leaves=10,
 )
 
-NEW_CODE = st.sampled_from(["x = 0", "x = 0\ny = 0", "if x:\n    y = 0\nelse:\n    z = 0", "def g():\n    return [\n        1,\n    ]"])  # fmt: skip  # noqa: E501
+NEW_CODE = st.sampled_from(["x = 0", "x = 0\ny = 0", "if x:\n    y = 0\nelse:\n    z = 0", "def g():\n    return [\n        1,\n    ]"])  # fmt: skip
 
 
 @st.composite

@@ -122,7 +122,7 @@ class ALiBi(nn.Module):
         """The bias joined with a mask, for ``F.scaled_dot_product_attention``: ``[..., heads, query_time, key_time]``.
 
         Args:
-            query, key: ``[..., heads, time, head_dim]``, or ``[..., time, head_dim]`` where this module serves one head.
+            query, key: ``[..., heads, time, head_dim]``, or ``[..., time, head_dim]`` where this serves one head.
             attn_mask: boolean (True attends) or of floats (added).
             is_causal: keys behind their query are blocked too, as SDPA does when it is told so.
         """

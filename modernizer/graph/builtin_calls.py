@@ -38,6 +38,7 @@ def handles(*dotted: str) -> Callable[[Handler], Handler]:
 
 
 def unknown(m: Machine, frame: Frame, node: ast.AST, args: list[Value], name: str = "") -> Node:
+    """A datum of which only the operands are known."""
     return m.node("opaque", args, node, frame, name=name)
 
 
@@ -285,6 +286,17 @@ def checkpoint(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwarg
         if k not in ("use_reentrant", "preserve_rng_state", "determinism_check", "debug")
     }
     return calls.invoke(m, frame, node, args[0], args[1:], left) if args else Const(None)
+
+
+@handles(
+    "transformers.pytorch_utils.apply_chunking_to_forward",
+    "transformers.modeling_utils.apply_chunking_to_forward",
+    "pytorch_utils.apply_chunking_to_forward",
+    "modeling_utils.apply_chunking_to_forward",
+)
+def in_chunks(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: dict[str, Value]) -> Value:
+    """`apply_chunking_to_forward(f, size, dim, *inputs)` is `f(*inputs)` as far as values go."""
+    return calls.invoke(m, frame, node, args[0], args[3:], {}) if len(args) > 3 else unknown(m, frame, node, args)
 
 
 @handles("torch.Size", "torch.autograd.Variable", "torch.autograd.variable.Variable")

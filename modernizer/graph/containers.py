@@ -87,7 +87,9 @@ def items_of(m: Machine, frame: Frame, value: Value, node: ast.AST) -> list[Valu
         if known:
             longest = max(known, key=lambda k: len(k.items))
             columns = [k.items for k in known if len(k.items) == len(longest.items)]
-            for option in (o for o, found in zip(value.args, lists, strict=True) if found is None and isinstance(o, Node)):
+            for option in (
+                o for o, found in zip(value.args, lists, strict=True) if found is None and isinstance(o, Node)
+            ):
                 columns.append([m.node("iter", (option, Const(i)), node, frame) for i in range(len(longest.items))])
             return [m.merge(column, node, frame) for column in zip(*columns, strict=True)]
     return [m.node("iter", (value, Const(i)), node, frame) for i in range(UNKNOWN_REPEATS)]

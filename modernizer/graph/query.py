@@ -69,6 +69,7 @@ def strip_views(value: Value) -> Value:
 
 
 def is_none(value: Value) -> bool:
+    """Whether a value is the constant None."""
     return isinstance(value, Const) and value.value is None
 
 

@@ -193,6 +193,7 @@ def _indexed(axes: int, index: Value) -> int | None:
 
 
 def is_ellipsis(value: Value) -> bool:
+    """Whether a value is `...`."""
     return isinstance(value, Const) and value.value is Ellipsis
 
 

@@ -230,7 +230,9 @@ def _part_for(name: str, statement: ast.Assign) -> ast.expr | None:
     for target in statement.targets:
         if isinstance(target, ast.Tuple | ast.List) and isinstance(statement.value, ast.Tuple | ast.List):
             pairs = list(zip(target.elts, statement.value.elts, strict=False))
-            if len(target.elts) == len(statement.value.elts) and not any(isinstance(p, ast.Starred) for q in pairs for p in q):
+            if len(target.elts) == len(statement.value.elts) and not any(
+                isinstance(p, ast.Starred) for q in pairs for p in q
+            ):
                 found = [v for t, v in pairs if isinstance(t, ast.Name) and t.id == name]
                 return found[0] if found else None
     return None

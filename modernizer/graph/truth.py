@@ -96,7 +96,9 @@ def _identical(left: Value, right: Value) -> bool | None:
 
 
 # Operations that may hand back the very tensor they were given.
-_SAME_TENSOR = frozenset("dropout contiguous to type float half double bfloat16 cuda cpu type_as merge alias requires_grad".split())
+_SAME_TENSOR = frozenset(
+    "dropout contiguous to type float half double bfloat16 cuda cpu type_as merge alias requires_grad".split()
+)
 
 
 def _is_fresh(value: Node, other: Node) -> bool:

@@ -298,6 +298,7 @@ def is_score(value: Value, contents: Contents) -> bool:
 
 
 def flatten_all(node: Node) -> Iterator[Value]:
+    """The positional operands of a datum, containers opened."""
     for part in node.args:
         yield from flatten(part)
 

@@ -371,7 +371,10 @@ def test_a_module_of_the_package_s_own_name_is_not_the_package(tmp_path: Path) -
     "made, applied",
     [
         ("nn.ModuleDict({'a': nn.Linear(2, 2), 'b': nn.ReLU()})", "self.m['b'](self.m['a'](x))"),
-        ("nn.ModuleDict()\n        self.m['a'], self.m['b'] = nn.Linear(2, 2), nn.ReLU()", "self.m['b'](self.m['a'](x))"),
+        (
+            "nn.ModuleDict()\n        self.m['a'], self.m['b'] = nn.Linear(2, 2), nn.ReLU()",
+            "self.m['b'](self.m['a'](x))",
+        ),
     ],
 )
 def test_modules_under_names(tmp_path: Path, made: str, applied: str) -> None:
