@@ -67,6 +67,7 @@ class Builder:
         self._shift = 0
 
     def build(self) -> Pieces:
+        """The pieces of the new code. Raises Decline where the old cannot be said with them."""
         self._check_casts()
         self._check_in_place()
         for statement in self._gone:
@@ -103,9 +104,11 @@ class Builder:
         return moved
 
     def atom(self, code: str) -> str:
+        """The code, in parentheses where an operator could take it apart."""
         return code if isinstance(parsed(code), ATOMS) else f"({code})"
 
     def name(self, wanted: str) -> str:
+        """A new local name, as wanted if that is free."""
         made = free_name(wanted, self.taken)
         self.taken.add(made)
         return made
@@ -264,13 +267,11 @@ class Builder:
             return None
         assert self.trace.function is not None
         for node in ast.walk(self.trace.function):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                if (
-                    node.targets[0].id == name.id
-                    and values == {id(v) for v in self.trace.values(node.value)}
-                    and values
-                ):
-                    return node
+            target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+            if not isinstance(node, ast.Assign) or not isinstance(target, ast.Name) or target.id != name.id:
+                continue
+            if values and values == {id(v) for v in self.trace.values(node.value)}:
+                return node
         return None
 
     def _untransposed(self, node: ast.expr) -> str | None:
@@ -416,8 +417,8 @@ class Builder:
             code = self.text(event.operand)
             if event.guard or event.tests or not event.values or not all(is_scalar_tensor(v) for v in event.values):
                 raise Decline(
-                    f"the scores are {'divided' if event.divides else 'multiplied'} by `{code}`, which is not known to be"
-                    " a number",
+                    f"the scores are {'divided' if event.divides else 'multiplied'} by `{code}`, which is not known to"
+                    " be a number",
                     "compute the scale as a Python number",
                 )
             if not self._moves(event.operand, event, code):
@@ -832,6 +833,7 @@ class Builder:
 
 
 def parsed(code: str) -> ast.expr:
+    """The expression that a text is."""
     return ast.parse(f"({code})", mode="eval").body
 
 
@@ -931,6 +933,7 @@ def negated(code: str, atom: object) -> str:
 
 
 def is_torch_name(node: ast.expr) -> bool:
+    """Whether a name is what torch or numpy is usually imported as."""
     return isinstance(node, ast.Name) and node.id in ("torch", "th", "np", "numpy")
 
 
@@ -973,6 +976,7 @@ def is_pure(node: ast.expr, trace: Trace) -> bool:
 
 
 def is_plain(node: Node) -> bool:
+    """Whether an operation can be done again: no weights, no chance, nothing unknown in it."""
     learned = (
         "linear",
         "dropout",
@@ -1008,8 +1012,8 @@ def changed_in_place(statement: ast.stmt) -> list[ast.expr]:
         elif isinstance(node, ast.Assign):
             found += [t.value for t in node.targets if isinstance(t, ast.Subscript)]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr.endswith("_") and not node.func.attr.endswith("__"):
-                found.append(node.func.value)
+            in_place = node.func.attr.endswith("_") and not node.func.attr.endswith("__")
+            found += [node.func.value] if in_place else []
     return found
 
 
@@ -1030,6 +1034,7 @@ def storage(value: Value) -> set[int]:
 
 
 def is_literal(node: ast.expr) -> bool:
+    """Whether an expression is a constant that is written out."""
     try:
         ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
@@ -1053,6 +1058,7 @@ def guard_texts(event: Event) -> list[tuple[str, int]]:
 
 
 def leaves_of(value: Value) -> list[Value]:
+    """The alternatives of a merge, None left out."""
     if isinstance(value, Node) and value.op == "merge":
         return [leaf for inner in value.args for leaf in leaves_of(inner)]
     return [] if isinstance(value, Const) and value.value is None else [value]

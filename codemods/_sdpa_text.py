@@ -69,6 +69,7 @@ def region_text(source: SourceFile, region: Sequence[ast.stmt], changes: Sequenc
 
 
 def indented(text: str) -> str:
+    """The text one level further in."""
     return textwrap.indent(text, "    ")
 
 

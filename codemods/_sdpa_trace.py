@@ -136,6 +136,7 @@ class Trace:
     # -- statements
 
     def statement(self, node: ast.stmt, guard: tuple[tuple[ast.If, int], ...]) -> None:
+        """Follows scores and weights through one statement."""
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             self._assign(node, guard)
         elif isinstance(node, ast.AugAssign):
@@ -803,6 +804,7 @@ class _Rename(ast.NodeTransformer):
         self.names = names
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        """A name that stands for something else gives way to it."""
         return self.names.get(node.id, node)
 
 
@@ -878,6 +880,7 @@ def named(op: str, args: Sequence[ast.expr], keywords: Sequence[ast.keyword]) ->
 
 
 def options(value: Value) -> Iterator[Value]:
+    """The alternatives of a merge, None left out; else the value itself."""
     if isinstance(value, Node) and value.op == "merge":
         for inner in value.args:
             yield from options(inner)
@@ -896,10 +899,12 @@ def kind_of_callee(value: Value) -> str:
 
 
 def bound_names(targets: Sequence[ast.expr]) -> set[str]:
+    """The names that an assignment to these targets binds."""
     return {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def leaves(body: Sequence[ast.stmt]) -> bool:
+    """Whether a block ends by leaving its function or loop."""
     return bool(body) and isinstance(body[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)
 
 

@@ -45,9 +45,9 @@ def demand_for(model: ModelMap, trace: Trace, contexts: Sequence[Attention]) -> 
     """Who wants the weights. Raises Decline where somebody always does."""
     assert trace.function is not None
     for node in ast.walk(trace.function):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del) and node.id in trace.names:
-            if node not in trace.consumed:
-                raise Decline(f"a variable that holds scores or weights is deleted at line {node.lineno}")
+        is_gone = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del) and node.id in trace.names
+        if is_gone and isinstance(node, ast.Name) and node not in trace.consumed:
+            raise Decline(f"a variable that holds scores or weights is deleted at line {node.lineno}")
         if isinstance(node, ast.Name) and node.id in trace.fill_names and node not in trace.consumed:
             raise Decline(f"`{node.id}` has the shape of the scores and is read at line {node.lineno}")
     reads = extra_reads(trace, trace.names)
@@ -472,12 +472,12 @@ def _flag_edit(owner: ast.ClassDef, flag: str, source: SourceFile) -> Iterator[E
 def _slot(statement: ast.Return, read: ast.AST) -> int | None:
     """Which item of the returned tuple a read is, the only one where it is returned by itself."""
     if isinstance(statement.value, ast.Tuple) and read in statement.value.elts:
-        return statement.value.elts.index(read)  # type: ignore[arg-type]
+        return statement.value.elts.index(read)
     return None
 
 
 def _stored_in(statement: ast.stmt, read: ast.AST) -> ast.Attribute | None:
-    """The attribute that a statement puts weights, a copy or their mean into. What else is made of them may be a loss."""
+    """The attribute that a statement puts weights, a copy or their mean into. Anything else may be a loss."""
     if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
         return None
     target, value = statement.targets[0], statement.value

@@ -24,7 +24,7 @@ MASKED = "modernizer.components.masked_attention"
 
 
 class Sdpa(Rule):
-    """Replaces softmax attention written out by `F.scaled_dot_product_attention`, mask for mask and dropout for dropout."""
+    """Replaces attention written out by `F.scaled_dot_product_attention`, mask for mask and dropout for dropout."""
 
     name = "sdpa"
     summary = "hand-written attention -> F.scaled_dot_product_attention"
