@@ -1,0 +1,5 @@
+"""`python -m modernizer` is `modernize`."""
+
+from modernizer.cli import main
+
+main()
