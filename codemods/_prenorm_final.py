@@ -233,6 +233,8 @@ def _after_call(graph: Graph, stack: Stack, end: Residual, call: ast.Call, frame
 
 def _plain(graph: Graph, stack: Stack, end: Residual) -> Exit:
     """Layers that are written out one after the other, or a single one."""
+    if len(stack.residuals) == 1 and stack.residuals[0].layer is None:
+        raise _lost(stack, "one residual sum alone is no layer, and what it belongs to cannot be followed")
     frame = stack.frame
     while True:
         call = _call_into(end, frame)

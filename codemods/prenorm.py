@@ -7,6 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from codemods._prenorm_branch import drop_edits, function_name, sum_edits, unused_calls
 from codemods._prenorm_common import Impossible
@@ -23,8 +24,9 @@ from codemods._prenorm_torch import (
     torch_stacks,
 )
 from modernizer.edit import Edit, Insert, Replace
+from modernizer.graph import Graph
 from modernizer.graph.query import location
-from modernizer.graph.values import Class, Frame, Module
+from modernizer.graph.values import Class, Frame, Function, Method, Module, Partial, Value, flatten
 from modernizer.model_map import ModelMap
 from modernizer.model_map.residual import FLAG, NONE, POST, PRE, PSEUDO, Residual
 from modernizer.model_map.stack import Stack
@@ -128,18 +130,27 @@ def _is_repeated(model: ModelMap, part: Stack | Residual) -> bool:
     cls = entry.receiver.cls if isinstance(entry.receiver, Module) else None
     if entry.function is None or cls is None:
         return False
-    node = entry.function.node
     return any(
-        f.function is not None
-        and f.function.node is node
-        and f.caller is not None
-        and f.caller.function is not None
-        and isinstance(f.receiver, Module)
-        and f.receiver.cls is not None
-        and f.receiver.cls.node is not cls.node
-        and any(isinstance(c, Class) and c.node is cls.node for c in f.receiver.cls.mro)
-        for f in model.graph.machine.frames
+        heir.node is not cls.node and any(isinstance(c, Class) and c.node is cls.node for c in heir.mro)
+        for heir in _callers(model).get(entry.function.node, ())
     )
+
+
+def _callers(model: ModelMap) -> Mapping[ast.AST, Sequence[Class]]:
+    """For each method that other code of the program calls, the classes of the instances it is called on."""
+    known = _CALLERS.get(model.graph)
+    if known is None:
+        found: dict[ast.AST, dict[ast.AST, Class]] = {}
+        for frame in model.graph.machine.frames:
+            cls = frame.receiver.cls if isinstance(frame.receiver, Module) else None
+            if cls is not None and frame.function and frame.caller and frame.caller.function:
+                found.setdefault(frame.function.node, {})[cls.node] = cls
+        known = {node: list(classes.values()) for node, classes in found.items()}
+        _CALLERS[model.graph] = known
+    return known
+
+
+_CALLERS: WeakKeyDictionary[Graph, Mapping[ast.AST, Sequence[Class]]] = WeakKeyDictionary()
 
 
 # -- what belongs together
@@ -218,6 +229,7 @@ def _edits(model: ModelMap, group: _Group) -> tuple[list[Edit], list[str]]:
     _check_coverage(model, group, contexts)
     exits = [exit_of(model.graph, s, group.stacks) for s in _last(model, group.stacks) if not s.final_norms()]
     _check_exits(model, group, exits)
+    _check_layers(model, group, exits)
     by_torch = {layer.call: layer for layer in _torch_layers(group) if layer.call is not None}
     edits: list[Edit] = []
     for layer in by_torch.values():
@@ -249,6 +261,39 @@ def _check_exits(model: ModelMap, group: _Group, exits: Sequence[Exit]) -> None:
                 r.sum.node, r.frame, "something stands between the layers of this stack, also behind the last of them",
                 "norm the stream where it leaves the stack",
             )  # fmt: skip
+
+
+def _check_layers(model: ModelMap, group: _Group, exits: Sequence[Exit]) -> None:
+    """A layer is upgraded whole or not at all: none of its sums may be outside of what is known of its stack."""
+    ours = {id(r) for s in group.stacks for r in s.residuals}
+    holders = {id(e.stack): e.frame for e in exits}
+    inside: set[int] = set()
+    for stack in group.stacks:
+        holder = holders.get(id(stack), stack.frame)
+        for r in stack.residuals:
+            frames = list(r.frame.outward())
+            inside |= {id(f) for f in frames[: frames.index(holder) if holder in frames else 0]}
+            _check_uses(stack, r)
+    for r in model.residuals.all:
+        is_lost = id(r) not in ours and r.kind in (POST, PSEUDO, FLAG) and r.sum.node is not None
+        if is_lost and any(id(f) in inside for f in r.frame.outward()):
+            assert r.sum.node is not None
+            raise Impossible(
+                r.sum.node, r.frame, "this sum is in a layer of the stack, but how it belongs to it is not clear"
+            )
+
+
+def _check_uses(stack: Stack, r: Residual) -> None:
+    """Code that something from outside runs on the stream is not seen, so it may hold sums."""
+    branches = {key for s in stack.flow.after(r) for key in s.between}
+    for use in stack.flow.uses(r):
+        runs_code = any(_is_code(leaf) for value in use.inputs for leaf in flatten(value))
+        if use.op == "opaque" and runs_code and id(use) not in branches and use.node is not None:
+            raise Impossible(use.node, use.frame, "a function from outside runs code of this program on the stream")
+
+
+def _is_code(value: Value) -> bool:
+    return isinstance(value, Function | Method | Partial) or (isinstance(value, Module) and value.cls is not None)
 
 
 def _torch_layers(group: _Group) -> list[Module]:

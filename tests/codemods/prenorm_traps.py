@@ -117,6 +117,15 @@ REFUSED = {
     ),
 }
 
+REFUSED["sublayer run by a function from outside"] = changed(
+    block("x = self.ln1(x + self.attn(x, x, x, mask))\nreturn in_chunks(self.rest, 1, x)"),
+    (
+        "    def forward(self, x, mask):\n",
+        "    def rest(self, x):\n        return self.ln2(x + self.ff(x))\n\n    def forward(self, x, mask):\n",
+    ),
+    ("import copy", "import copy\n\nfrom somewhere import in_chunks"),
+)
+
 UNTOUCHED = {
     "pre-norm": block("n = self.ln1(x)\nx = x + self.attn(n, n, n, mask)\nreturn x + self.ff(self.ln2(x))"),
     "pre-norm with a final norm": changed(
