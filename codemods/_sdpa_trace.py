@@ -15,7 +15,6 @@ from codemods._sdpa_masks import fill_number
 from modernizer.graph.machine import Machine
 from modernizer.graph.query import IDENTITY, LIKE, is_none
 from modernizer.graph.torch_api import CALLS, MODULE_OPS, function_operation, operation
-from modernizer.graph.truth import truth_of
 from modernizer.graph.values import Class, Const, External, Method, Module, Node, Value
 from modernizer.graph.values import Function as GraphFunction
 from modernizer.source import SourceFile
@@ -267,18 +266,29 @@ class Trace:
         try:
             self._both_sides(node, guard)
         except Decline:
-            test = (
-                stable_test(self.source, self.function, node.test)
-                if isinstance(self.function, ast.FunctionDef)
-                else None
-            )
             self._restore(before)
-            values = self.values(node.test)
-            is_always = bool(values) and all(truth_of(v) is True for v in values)
-            if test is None or guard or is_always or any(self._touches(s) for s in node.orelse):
+            test = self._optional(node)
+            holds_weights = any(any(e.kind == "softmax" for e in state) for state in self.tracked.values())
+            if test is None or not holds_weights or guard or any(self._touches(s) for s in node.orelse):
                 raise
             self.escapes.append((node, test))
             self._consume(node)
+
+    def _optional(self, node: ast.If) -> str | None:
+        """The test of a branch that runs only where an optional argument was given, None for any other."""
+        if not isinstance(self.function, ast.FunctionDef):
+            return None
+        asked = node.test.left if isinstance(node.test, ast.Compare) else node.test
+        is_given = not isinstance(node.test, ast.Compare) or (
+            isinstance(node.test.ops[0], ast.IsNot) and all(is_nothing(c) for c in node.test.comparators)
+        )
+        spec = self.function.args
+        plain = [*spec.posonlyargs, *spec.args]
+        defaults = dict(zip([p.arg for p in plain[len(plain) - len(spec.defaults) :]], spec.defaults, strict=True))
+        defaults.update({p.arg: d for p, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None})
+        if not (isinstance(asked, ast.Name) and is_given and is_nothing(defaults.get(asked.id))):
+            return None
+        return stable_test(self.source, self.function, node.test)
 
     def _snapshot(self) -> tuple[object, ...]:
         return (
@@ -896,6 +906,10 @@ def kind_of_callee(value: Value) -> str:
         short = value.torch_name.rpartition(".")[2]
         return "identity" if short == "Identity" else MODULE_OPS.get(short, "")
     return ""
+
+
+def is_nothing(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value in (None, False)
 
 
 def bound_names(targets: Sequence[ast.expr]) -> set[str]:

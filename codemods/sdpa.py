@@ -11,13 +11,12 @@ from codemods._sdpa_text import fused_text, indented, region_text
 from codemods._sdpa_trace import Decline, Trace
 from codemods._sdpa_weights import Demand, demand_for
 from modernizer.edit import Delete, Edit, Insert, Replace
-from modernizer.graph.query import alternatives
 from modernizer.graph.values import Node
 from modernizer.imports import Imports
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention, AttentionSite
 from modernizer.rule import Effect, Modern, Plan, Refusal, Rule, Upgrade
-from modernizer.syntax import parents
+from modernizer.syntax import function_of, outward, parents
 
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 MASKED = "modernizer.components.masked_attention"
@@ -36,7 +35,7 @@ class Sdpa(Rule):
         for site in model.attentions:
             if not site.is_manual:
                 plan.modern.append(Modern(site.location, _modern_reason(site)))
-            elif _has_fused_twin(site):
+            elif _has_fused_twin(model, site):
                 plan.modern.append(Modern(site.location, "beside a scaled_dot_product_attention of the same operands"))
             else:
                 self._plan_site(model, site, plan)
@@ -49,18 +48,16 @@ class Sdpa(Rule):
             plan.refusals.append(Refusal(site.location, decline.reason, decline.hint))
 
     def review(self, before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> str:
-        touched = {edit.path for upgrade in upgrades for edit in upgrade.edits}
         done = {upgrade.location for upgrade in upgrades}
         changed = [s for s in before.attentions if s.location in done]
-        manual = sum(1 for s in before.attentions if s.is_manual and not _has_fused_twin(s))
-        left = sum(1 for s in after.attentions if s.is_manual and not _has_fused_twin(s))
+        manual = sum(1 for s in before.attentions if s.is_manual and not _has_fused_twin(before, s))
+        left = sum(1 for s in after.attentions if s.is_manual and not _has_fused_twin(after, s))
         if left != manual - len(changed):
             return f"{left} attentions are written by hand afterwards, {manual - len(changed)} were expected"
         old, new = _signatures(before, changed), _signatures(after, None)
         missing = old - new
         if missing:
             return f"an attention no longer reads what it read: {', '.join(sorted({str(m[0]) for m in missing}))}"
-        del touched
         return ""
 
 
@@ -71,36 +68,32 @@ def _modern_reason(site: AttentionSite) -> str:
     return "torch's own module, which calls scaled_dot_product_attention itself"
 
 
-def _has_fused_twin(site: AttentionSite) -> bool:
-    """Whether a branch chooses between the products and SDPA, in every context that is written out."""
-    return all(_twin(context) is not None for context in site.contexts if context.is_manual)
+def _has_fused_twin(model: ModelMap, site: AttentionSite) -> bool:
+    """Whether a branch of the same function chooses between the products and SDPA."""
+    return any(
+        other.path == site.path and _are_alternatives(model, site, other.node)
+        for other in model.attentions
+        if other.contexts[0].form == "sdpa"
+    )
 
 
-def _twin(context: Attention) -> Node | None:
-    seen: set[int] = set()
-    todo = [context.output]
-    while todo:
-        node = todo.pop()
-        if id(node) in seen or len(seen) > 60:
-            continue
-        seen.add(id(node))
-        for user in node.users:
-            if user.op == "merge":
-                for option in alternatives(user):
-                    found = _fused(option, context)
-                    if found is not None:
-                        return found
-            todo.append(user)
-    return None
+def _are_alternatives(model: ModelMap, site: AttentionSite, fused: ast.expr) -> bool:
+    """Whether two expressions lie on different sides of an `if`, or one behind an `if` that the other returns from."""
+    tree = site.contexts[0].frame.scope.source.tree
+    function = function_of(tree, site.node)
+    if function is None or function_of(tree, fused) is not function:
+        return False
+    manual, other = list(outward(tree, site.node)), list(outward(tree, fused))
+    common = next(node for node in other if node in manual)
+    below_manual = manual[manual.index(common) - 1]
+    below_other = other[other.index(common) - 1]
+    if isinstance(common, ast.If):
+        return (below_manual in common.body) != (below_other in common.body)
+    return _returns(below_other) or _returns(below_manual)
 
 
-def _fused(value: object, context: Attention) -> Node | None:
-    from modernizer.graph.query import VIEWS, through
-
-    inner = through(value, VIEWS | {"linear"}) if isinstance(value, Node) else None
-    if isinstance(inner, Node) and inner.op == "scaled_dot_product_attention":
-        return inner
-    return None
+def _returns(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.body[-1], ast.Return)
 
 
 def _signatures(model: ModelMap, sites: Sequence[AttentionSite] | None) -> Counter[tuple[object, ...]]:

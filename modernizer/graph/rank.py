@@ -73,6 +73,8 @@ def is_number(value: Value, depth: int = 0) -> bool:
         return True
     if value.op == "attr" and value.args and isinstance(value.args[0], Node):
         return is_number(value.args[0], depth + 1) and value.args[0].op in ("config", "attr")
+    if value.op in ("getitem", "item", "iter") and isinstance(value.args[0], Node):  # `config.heads[i]`
+        return value.args[0].op in ("config", "attr") and is_number(value.args[0], depth + 1)
     return value.op in _ARITHMETIC and bool(value.args) and all(is_number(a, depth + 1) for a in value.args)
 
 
