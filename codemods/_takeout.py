@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from codemods._survey import Cannot, Group, place
 from modernizer.graph.query import alternatives, ancestors, location
+from modernizer.graph.rank import is_number
 from modernizer.graph.values import Frame, Many, Module, Node, Value
 from modernizer.model_map.position import Position, PositionSite, content_inputs
 from modernizer.removal import Removal, is_pure
@@ -185,7 +186,8 @@ def _stop_passing(removal: Removal, group: Group) -> bool:
         if frame.call in removal.replaced or not removal.knows(frame.call) or removal.is_gone(frame.call):
             continue
         for name in removal.unread_parameters(frame.function.node):
-            if id(frame.arguments.get(name)) not in positions:
+            handed = frame.arguments.get(name)
+            if handed is None or id(handed) not in positions or _is_option(handed):
                 continue
             argument = _argument_of(frame.call, frame, name)
             if argument is None or isinstance(argument, ast.Constant) or not removal.knows(argument):
@@ -194,6 +196,13 @@ def _stop_passing(removal: Removal, group: Group) -> bool:
                 removal.replace(argument, "None")
                 changed = True
     return changed
+
+
+def _is_option(value: Value) -> bool:
+    """Whether a value is a number or setting: it costs nothing to hand in, and the call reads as it did."""
+    if isinstance(value, Node) and value.op == "merge":
+        return all(_is_option(v) for v in value.args)
+    return not isinstance(value, Node) or is_number(value) or value.op in ("attr", "config")
 
 
 # -- what must not be left behind
