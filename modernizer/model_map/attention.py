@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from modernizer.graph import Graph
 from modernizer.graph.query import (
@@ -21,6 +21,7 @@ from modernizer.graph.query import (
     SHAPES,
     VIEWS,
     ancestors,
+    class_of,
     inputs,
     is_const,
     is_none,
@@ -31,6 +32,9 @@ from modernizer.graph.query import (
 from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
 from modernizer.source import Location
+
+if TYPE_CHECKING:
+    from modernizer.model_map.map import Role
 
 PRODUCTS = frozenset({"matmul", "einsum", "baddbmm"})
 PROJECTIONS = frozenset("linear conv1d conv2d addmm matmul einsum bilinear".split())
@@ -164,6 +168,30 @@ class AttentionSite:
     @property
     def is_manual(self) -> bool:
         return any(context.is_manual for context in self.contexts)
+
+
+def roles(sites: Sequence[AttentionSite]) -> Iterator[Role]:
+    """One role for each attention: its score product, its softmax and its product with the value."""
+    from modernizer.model_map.map import Evidence, Role
+
+    for site in sites:
+        first = site.contexts[0]
+        evidence = [Evidence(site.location, _SENTENCES.get(first.form, "the product of a query and a key"))]
+        for node, sentence in ((first.weights, "the softmax of it"), (first.output, "its product with the value")):
+            if first.is_manual and node is not None and node.node is not None:
+                evidence.append(Evidence(location(node.node, node.frame), sentence))
+        if site.kinds == {"self"}:
+            evidence.append(Evidence(site.location, "query, key and value are made of one stream"))
+        owner = class_of(first.frame)
+        kind = {"self": "self-attention", "cross": "cross-attention"}.get("".join(site.kinds), "attention")
+        yield Role(kind, site.location, owner.name if owner else "", tuple(evidence))
+
+
+_SENTENCES = {
+    "sdpa": "a call of scaled_dot_product_attention",
+    "mha": "torch's own attention module",
+    "torch_layer": "torch's own layers, which attend",
+}
 
 
 def find_attentions(graph: Graph) -> list[AttentionSite]:

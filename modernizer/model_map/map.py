@@ -93,9 +93,10 @@ class ModelMap:
     @cached_property
     def roles(self) -> Sequence[Role]:
         """Every recognised part, in the order of files and lines."""
-        from modernizer.model_map import feed_forward, position, stack
+        from modernizer.model_map import attention, feed_forward, position, stack
 
         found = [
+            *attention.roles(self.attentions),
             *feed_forward.roles(self.feed_forwards),
             *position.roles(self.positions),
             *stack.roles(self.stacks),
