@@ -15,12 +15,13 @@ from codemods._survey import Cannot, Group, Survey, given_names, place, torch_mo
 from codemods._takeout import take_out
 from modernizer.edit import AddArgument, Edit
 from modernizer.graph.query import ancestors, class_of, is_torch
-from modernizer.graph.values import Const, External, Frame, Module
+from modernizer.graph.rank import is_number
+from modernizer.graph.values import Const, External, Frame, Module, Node, Value
 from modernizer.imports import Imports
 from modernizer.model_map import ModelMap, read_model
 from modernizer.model_map.attention import Attention
 from modernizer.project import Project
-from modernizer.removal import Removal, files_around
+from modernizer.removal import Attribute, Removal, files_around
 from modernizer.rule import Modern, Plan, Refusal, Upgrade
 
 Change = Callable[[Code, Parts, Sequence[tuple[Attention, bool]]], list[Edit]]
@@ -126,8 +127,22 @@ def _summary(group: Group, kind: Kind) -> str:
     return f"{what} added to the stream become {kind.done} in {count} attention{'s' if count > 1 else ''}"
 
 
+def _is_saved(removal: Removal, attribute: Attribute) -> bool:
+    """Whether a checkpoint may hold an attribute: a table does, a module that only computes does not."""
+    modules = [m for m in removal.graph.machine.modules if m.cls is not None and m.cls.node in attribute.owners]
+    return any(_has_tensors(m.attributes[attribute.name]) for m in modules if attribute.name in m.attributes)
+
+
+def _has_tensors(value: Value) -> bool:
+    if isinstance(value, Module):
+        if value.cls is None:
+            return not is_torch(value, "Dropout", "Identity", "Sequential")
+        return any(_has_tensors(v) for v in value.attributes.values())
+    return isinstance(value, Node) and value.op not in ("config", "attr") and not is_number(value)
+
+
 def _notes(removal: Removal, group: Group) -> list[str]:
-    names = sorted({a.name for a in removal.gone_attributes})
+    names = sorted({a.name for a in removal.gone_attributes if _is_saved(removal, a)})
     notes = []
     if names:
         notes.append(f"checkpoints hold {', '.join(names)} no longer: load old ones with strict=False, then train on")
