@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 TESTS ?=
+N ?= 200
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint check bench fuzz clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -22,6 +23,10 @@ check: lint test
 
 bench: $(READY)
 	$(BIN)/python benchmarks/check_speed.py
+
+# Writes N legacy programs from the grammar in tests/grammar and applies every rule to each.
+fuzz: $(READY)
+	$(BIN)/python -m tests.grammar.fuzz --count $(N) $(if $(SEED),--seed $(SEED)) $(if $(RULE),--rule $(RULE))
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -20,6 +20,7 @@ class Facts:
     gated: bool
     self_attentions: int
     cross_attentions: int
+    feed_forwards: int
     uses_torch_attention: bool
     block_class: str
     norm: str
@@ -35,6 +36,7 @@ class Facts:
             gated=choice.feed_forward == "gated",
             self_attentions=layers * heads * (2 if choice.has_cross else 1),
             cross_attentions=layers * heads if choice.has_cross else 0,
+            feed_forwards=layers * (2 if choice.has_cross else 1),
             uses_torch_attention=choice.is_torch,
             block_class=block_class,
             norm=choice.norm,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .compose import TIME
+from .facts import Facts
 from .running import FunctionCounter, OpCounter, Subject, position_spread, prefix_change
 
 NOTHING = 1e-9  # in double precision
@@ -29,16 +30,21 @@ def _causality(subject: Subject) -> Iterator[str]:
 
 def _positions(subject: Subject) -> Iterator[str]:
     """Equal contents everywhere give equal outputs, unless there are positions; pooled outputs notice the order."""
-    if subject.program.time_dim is not None:
-        effect = position_spread(subject, 0)
-    else:
-        one, other = (_with_tokens(subject.inputs["ids"], tokens) for tokens in ([3, 5, 7], [7, 5, 3]))
-        effect = float((subject.output(ids=one) - subject.output(ids=other)).abs().max())
+    pooled = subject.program.time_dim is None
+    effect = order_effect(subject) if pooled else position_spread(subject, 0)
     claimed = subject.program.facts.positions_reach_attention
     if claimed != (effect > NOTHING):
         yield f"positions are {claimed}, their effect is {effect:.1e}"
     if "features" in subject.inputs and claimed != (position_spread(subject, 1) > NOTHING):
         yield f"positions in the part without attention are not {claimed}"
+
+
+def order_effect(subject: Subject) -> float:
+    """How far the last output, or the pooled one, moves when earlier tokens change places."""
+    name = subject.program.inputs[0]
+    one, other = (_with_tokens(subject.inputs[name], tokens) for tokens in ([3, 5, 7], [7, 5, 3]))
+    difference = subject.output(**{name: one}) - subject.output(**{name: other})
+    return float((difference if subject.program.time_dim is None else difference[:, -1]).abs().max())
 
 
 def _with_tokens(ids: Tensor, tokens: list[int]) -> Tensor:
@@ -50,16 +56,19 @@ def _with_tokens(ids: Tensor, tokens: list[int]) -> Tensor:
 
 def _order(subject: Subject) -> Iterator[str]:
     facts = subject.program.facts
+    measured = measured_order(subject, facts)
+    if measured != (facts.order.replace("flag", "post") if facts.block_class else ""):
+        yield f"the order of norms is {facts.order}, measured is {measured or 'no block'}"
+
+
+def measured_order(subject: Subject, facts: Facts) -> str:
+    """Pre where a block's output grows with its input, post where it is normed, else pseudo; '' without blocks."""
     blocks = [m for m in subject.model.modules() if type(m).__name__ == facts.block_class]
-    if facts.block_class and not blocks:
-        yield f"there is no block of class {facts.block_class}"
     if not blocks:
-        return
+        return ""
     first, second = (_block_output(subject, blocks[0], scale) for scale in (1e4, 1e6))
     grows = float(second.std() / first.std())
-    measured = "pre" if grows > 10 else "post" if _is_normed(first, facts.norm) else "pseudo"
-    if measured != facts.order.replace("flag", "post"):
-        yield f"the order of norms is {facts.order}, measured is {measured} (grows {grows:.1f} times)"
+    return "pre" if grows > 10 else "post" if _is_normed(first, facts.norm) else "pseudo"
 
 
 def _block_output(subject: Subject, block: nn.Module, scale: float) -> Tensor:

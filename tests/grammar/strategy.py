@@ -1,6 +1,8 @@
-"""Hypothesis strategies over the grammar."""
+"""How programs are drawn from the grammar: by Hypothesis, or by a random number generator for long runs."""
 
 from __future__ import annotations
+
+from random import Random
 
 from hypothesis import strategies as st
 
@@ -17,3 +19,8 @@ def choices() -> st.SearchStrategy[Choice]:
 def programs() -> st.SearchStrategy[Program]:
     """Whole legacy programs."""
     return choices().map(compose)
+
+
+def random_choice(random: Random) -> Choice:
+    """Any combination, every value of a dimension as likely as any other."""
+    return fitted(Choice(**{name: random.choice(options) for name, options in DIMENSIONS.items()}))
