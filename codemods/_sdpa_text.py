@@ -6,8 +6,9 @@ import ast
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from codemods._sdpa_pieces import Pieces
-from codemods._sdpa_trace import Decline, Trace
+from codemods._sdpa_events import Decline
+from codemods._sdpa_operands import Pieces
+from codemods._sdpa_trace import Trace
 from codemods._sdpa_weights import Demand
 from modernizer.source import SourceFile
 

@@ -6,58 +6,34 @@ The result is a list of events: what each step does, in the words of the code, w
 from __future__ import annotations
 
 import ast
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from codemods._sdpa_events import (
+    CASTS,
+    SILENT,
+    Decline,
+    Event,
+    State,
+    bound_names,
+    common_end,
+    factors,
+    is_nothing,
+    kind_of_callee,
+    leaves,
+    named,
+    options,
+    stable_test,
+)
+from codemods._sdpa_inline import Inlined
 from codemods._sdpa_masks import fill_number
 from modernizer.graph.machine import Machine
-from modernizer.graph.query import IDENTITY, LIKE, is_none
-from modernizer.graph.torch_api import CALLS, MODULE_OPS, function_operation, operation
-from modernizer.graph.values import Class, Const, External, Method, Module, Node, Value
-from modernizer.graph.values import Function as GraphFunction
+from modernizer.graph.query import LIKE
+from modernizer.graph.torch_api import operation
+from modernizer.graph.values import Const, External, Node, Value
 from modernizer.source import SourceFile
-from modernizer.syntax import block_of, function_of, names_in, parents, statement_of
-
-CASTS = frozenset("to type float half bfloat16 double type_as".split())
-SILENT = IDENTITY - CASTS - {"dropout"}
-
-
-class Decline(Exception):
-    """Why a site is not rewritten, and what the user could change."""
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
-
-
-@dataclass(frozen=True, eq=False)
-class Event:
-    """One step on the way of the scores.
-
-    `kind` is product, scale, bias, fill, softmax, dropout, cast, zero_nan or product_mask. `code` is its operand as it
-    stands in the file (the factor, what is added, the mask, the probability), `values` what that is on the graph.
-    """
-
-    kind: str
-    node: ast.AST
-    statement: ast.stmt | None
-    operand: ast.expr | None = None
-    values: Sequence[Value] = ()
-    guard: tuple[tuple[ast.If, int], ...] = ()
-    tests: tuple[tuple[ast.expr, bool], ...] = ()  # conditional expressions around it
-    divides: bool = False  # a scale
-    negative: bool = False  # a bias that is subtracted
-    attends: bool = False  # a fill whose mask is True where the score stays
-    fill: ast.expr | None = None
-    fills: Sequence[Value] = ()
-    callee: ast.expr | None = None  # a dropout's
-    sizes: tuple[ast.expr, ...] = ()  # of a view
-
-
-State = tuple[Event, ...]
+from modernizer.syntax import block_of, function_of, parents, statement_of
 
 
 class Trace:
@@ -333,7 +309,7 @@ class Trace:
             common = 0
             while common < min(len(a), len(b)) and a[common] is b[common]:
                 common += 1
-            extra_a, extra_b, ending = _common_end(list(a[common:]), list(b[common:]))
+            extra_a, extra_b, ending = common_end(list(a[common:]), list(b[common:]))
             if any(e.kind in ("product", "softmax") for e in extra_a + extra_b):
                 raise Decline(
                     "a branch chooses between two ways to compute the weights",
@@ -671,272 +647,3 @@ class Trace:
             if not (isinstance(parent, ast.Attribute) and parent.attr in ("size", "shape", "dim", "dtype", "ndim")):
                 return False
         return bool(reads)
-
-
-class Inlined:
-    """A helper of the project that masks or normalises scores, read as if it stood in the calling statement."""
-
-    def __init__(self, trace: Trace, call: ast.Call, scores: ast.expr) -> None:
-        self.trace = trace
-        self.call = call
-        self.scores = scores
-        self.names: dict[str, ast.expr] = {}
-
-    def events(self, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...]) -> State | None:
-        """The events up to what the helper returns; None where it does more than that."""
-        function = self._function()
-        start = self.trace.chain(self.scores, statement, guard)
-        if function is None or start is None or not self._bind(function):
-            return None
-        outer, sizes, consumed = self.trace.tracked, dict(self.trace.sizes), set(self.trace.consumed)
-        parameter = next(n for n, v in self.names.items() if v is self.scores)
-        self.trace.tracked = {parameter: start}
-        try:
-            found = self._run(function, statement, guard)
-            read = [what for node, (what, _) in self.trace.sizes.items() if node not in sizes]
-        finally:
-            self.trace.tracked, self.trace.sizes, self.trace.consumed = outer, sizes, consumed
-        if found is None or any(what != "like" for what in read) or found[: len(start)] != start:
-            return None
-        self.names[parameter] = factors(self.trace.product, self.trace.machine)[0]
-        new = [self._seen_from_outside(event) for event in found[len(start) :]]
-        return None if any(event is None for event in new) else (*start, *(event for event in new if event is not None))
-
-    def _function(self) -> ast.FunctionDef | None:
-        nodes: set[ast.AST] = set()
-        for value in self.trace.values(self.call.func):
-            nodes.add(entered(value) or self.call)
-        node = nodes.pop() if len(nodes) == 1 else None
-        return node if isinstance(node, ast.FunctionDef) and node in parents(self.trace.tree) else None
-
-    def _bind(self, function: ast.FunctionDef) -> bool:
-        spec = function.args
-        if spec.vararg or spec.kwarg or any(isinstance(a, ast.Starred) for a in self.call.args):
-            return False
-        parameters = [*spec.posonlyargs, *spec.args]
-        values = self.trace.values(self.call.func)
-        if all(isinstance(v, Method | Module) for v in values):
-            owner = self.call.func
-            if all(isinstance(v, Method) for v in values) and isinstance(owner, ast.Attribute):
-                owner = owner.value
-            self.names[parameters[0].arg] = owner
-            parameters = parameters[1:]
-        given = dict(zip((p.arg for p in parameters), self.call.args, strict=False))
-        given.update({k.arg: k.value for k in self.call.keywords if k.arg})
-        plain = [*spec.posonlyargs, *spec.args]
-        defaults = dict(zip([p.arg for p in plain[len(plain) - len(spec.defaults) :]], spec.defaults, strict=True))
-        defaults.update({p.arg: d for p, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None})
-        for parameter in (*parameters, *spec.kwonlyargs):
-            value = given.get(parameter.arg, defaults.get(parameter.arg))
-            if value is None or (parameter.arg not in given and not isinstance(value, ast.Constant)):
-                return False
-            self.names[parameter.arg] = value
-        return True
-
-    def _run(
-        self, function: ast.FunctionDef, statement: ast.stmt, guard: tuple[tuple[ast.If, int], ...]
-    ) -> State | None:
-        for inner in function.body:
-            if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant):
-                continue
-            if isinstance(inner, ast.Return) and inner.value is not None:
-                return self.trace.chain(inner.value, statement, guard)
-            if isinstance(inner, ast.If) and not inner.orelse and len(inner.body) == 1:
-                if not self._assign(inner.body[0], statement, guard, ((inner.test, True),)):
-                    return None
-            elif not self._assign(inner, statement, guard, ()):
-                return None
-        return None
-
-    def _assign(
-        self,
-        inner: ast.stmt,
-        statement: ast.stmt,
-        guard: tuple[tuple[ast.If, int], ...],
-        tests: tuple[tuple[ast.expr, bool], ...],
-    ) -> bool:
-        target = inner.targets[0] if isinstance(inner, ast.Assign) and len(inner.targets) == 1 else None
-        if not isinstance(inner, ast.Assign) or not isinstance(target, ast.Name):
-            return False
-        found = self.trace.chain(inner.value, statement, guard, tests)
-        if found is None:
-            return False
-        before = self.trace.tracked.get(target.id)
-        if tests and (before is None or found[: len(before)] != before):
-            return False
-        self.trace.tracked[target.id] = found
-        return True
-
-    def _seen_from_outside(self, event: Event) -> Event | None:
-        if event.kind not in ("fill", "bias", "scale", "softmax", "cast"):
-            return None
-        parts = [event.operand, event.fill, *(test for test, _ in event.tests)]
-        if any(part is not None and not self._is_known(part) for part in parts):
-            return None
-        return replace(
-            event,
-            operand=self._moved(event.operand),
-            fill=self._moved(event.fill),
-            tests=tuple((self._moved(test) or test, is_true) for test, is_true in event.tests),
-        )
-
-    def _is_known(self, part: ast.expr) -> bool:
-        """Whether every name means the same in the calling function."""
-        assert self.trace.function is not None
-        local = names_in(self.trace.function)
-        free = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)} - self.names.keys()
-        bound = {
-            n.id for n in ast.walk(self.trace.function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)
-        }
-        bound |= {n.arg for n in ast.walk(self.trace.function) if isinstance(n, ast.arg)}
-        inner = {n.id for n in ast.walk(part) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-        return not (free & bound & local) and not inner and not (free & self._locals)
-
-    @property
-    def _locals(self) -> set[str]:
-        function = self._function()
-        if function is None:
-            return set()
-        return {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-
-    def _moved(self, part: ast.expr | None) -> ast.expr | None:
-        if part is None:
-            return None
-        moved = _Rename(self.names).visit(copy.deepcopy(part))
-        assert isinstance(moved, ast.expr)
-        return ast.parse(ast.unparse(moved), mode="eval").body
-
-
-class _Rename(ast.NodeTransformer):
-    """Puts the arguments of a call in place of a function's parameters."""
-
-    def __init__(self, names: dict[str, ast.expr]) -> None:
-        self.names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        """A name that stands for something else gives way to it."""
-        return self.names.get(node.id, node)
-
-
-def entered(value: Value) -> ast.AST | None:
-    """The function that calling a value enters, if it is one of the project's."""
-    if isinstance(value, GraphFunction):
-        return value.node
-    if isinstance(value, Method):
-        return entered(value.function)
-    if isinstance(value, Module) and value.cls is not None:
-        owner = next((c for c in value.cls.mro if isinstance(c, Class) and "forward" in c.members), None)
-        return owner.members["forward"] if owner is not None else None
-    return None
-
-
-def factors(node: ast.expr, machine: Machine) -> list[ast.expr]:
-    """The two factors of a product as they stand in the code, einsum's equation left out; for baddbmm the last two."""
-    if isinstance(node, ast.BinOp):
-        return [node.left, node.right]
-    assert isinstance(node, ast.Call)
-    arguments = [
-        *node.args,
-        *(k.value for k in node.keywords if k.arg in ("input", "other", "mat2", "batch1", "batch2")),
-    ]
-    if isinstance(node.func, ast.Attribute) and all(
-        isinstance(value, Node) for _, value in machine.at.get(node.func.value, ())
-    ):
-        arguments = [node.func.value, *arguments]
-    ops = {value.op for _, value in machine.at.get(node, ()) if isinstance(value, Node)}
-    if ops == {"einsum"}:
-        rest = arguments[1:]
-        if len(rest) == 1 and isinstance(rest[0], ast.Tuple | ast.List):
-            return list(rest[0].elts)
-        return rest
-    if ops == {"baddbmm"}:
-        return arguments[1:3]
-    return arguments[:2]
-
-
-def _common_end(one: list[Event], other: list[Event]) -> tuple[list[Event], list[Event], list[Event]]:
-    """Two branches without what both do last, the softmax most often, and that."""
-    ending: list[Event] = []
-    while (
-        one and other and one[-1].kind == other[-1].kind and one[-1].kind in ("softmax", "dropout", "cast", "zero_nan")
-    ):
-        if ast.dump(_without_receiver(one[-1].node)) != ast.dump(_without_receiver(other[-1].node)):
-            break
-        guard = one[-1].guard[:-1] if one[-1].guard else ()
-        ending.insert(0, replace(one.pop(), guard=guard))
-        other.pop()
-    return one, other, ending
-
-
-def _without_receiver(node: ast.AST) -> ast.AST:
-    """A call with its first operand left out, for comparing what two calls do."""
-    if not isinstance(node, ast.Call):
-        return node
-    if isinstance(node.func, ast.Attribute) and node.func.attr in ("softmax", "float", "to", "type_as"):
-        return ast.Call(ast.Name(node.func.attr, ast.Load()), node.args, node.keywords)
-    return ast.Call(node.func, node.args[1:], node.keywords)
-
-
-def named(op: str, args: Sequence[ast.expr], keywords: Sequence[ast.keyword]) -> dict[str, ast.expr]:
-    """Arguments by torch's names, operands first."""
-    names = CALLS.get(op, ("input",))
-    if op == "softmax":
-        names = ("input", "dim")
-    found = dict(zip(names, args, strict=False))
-    found.update({f"#{i}": a for i, a in enumerate(args) if i >= len(names)})
-    renamed = {"axis": "dim"}
-    found.update({renamed.get(k.arg, k.arg): k.value for k in keywords if k.arg})
-    return found
-
-
-def options(value: Value) -> Iterator[Value]:
-    """The alternatives of a merge, None left out; else the value itself."""
-    if isinstance(value, Node) and value.op == "merge":
-        for inner in value.args:
-            yield from options(inner)
-    elif not is_none(value):
-        yield value
-
-
-def kind_of_callee(value: Value) -> str:
-    """The operation that calling a value means; '' where it is the project's own or unknown."""
-    if isinstance(value, External):
-        return function_operation(value.dotted) or ""
-    if isinstance(value, Module) and value.cls is None:
-        short = value.torch_name.rpartition(".")[2]
-        return "identity" if short == "Identity" else MODULE_OPS.get(short, "")
-    return ""
-
-
-def is_nothing(node: ast.expr | None) -> bool:
-    return isinstance(node, ast.Constant) and node.value in (None, False)
-
-
-def bound_names(targets: Sequence[ast.expr]) -> set[str]:
-    """The names that an assignment to these targets binds."""
-    return {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-
-
-def leaves(body: Sequence[ast.stmt]) -> bool:
-    """Whether a block ends by leaving its function or loop."""
-    return bool(body) and isinstance(body[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)
-
-
-def stable_test(source: SourceFile, function: ast.FunctionDef, test: ast.expr) -> str | None:
-    """The text of a test that is known when the function starts and stays the same, None for any other."""
-    allowed = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.expr_context, ast.cmpop,
-               ast.boolop, ast.unaryop)  # fmt: skip
-    if not all(isinstance(n, allowed) for n in ast.walk(test)):
-        return None
-    parameters = {a.arg for a in (*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs)}
-    stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    attributes = {
-        n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
-    }
-    for node in ast.walk(test):
-        if isinstance(node, ast.Name) and (node.id not in parameters or node.id in stored):
-            return None
-        if isinstance(node, ast.Attribute) and node.attr in attributes:
-            return None
-    text = source.code(test)
-    return ast.unparse(test) if "\n" in text else text

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from codemods._sdpa_trace import Decline, Trace, entered, stable_test
+from codemods._sdpa_events import Decline, entered, stable_test
+from codemods._sdpa_trace import Trace
 from modernizer.edit import AddArgument, AddParameter, Edit, Insert, Replace
 from modernizer.graph.values import Frame, Value
 from modernizer.model_map import ModelMap

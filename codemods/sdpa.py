@@ -6,10 +6,13 @@ import ast
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from codemods._sdpa_pieces import Builder, Pieces, parsed
+from codemods._sdpa_events import Decline
+from codemods._sdpa_operands import Pieces
+from codemods._sdpa_pieces import Builder
 from codemods._sdpa_text import fused_text, indented, region_text
-from codemods._sdpa_trace import Decline, Trace
+from codemods._sdpa_trace import Trace
 from codemods._sdpa_weights import Demand, demand_for
+from codemods._sdpa_words import parsed
 from modernizer.edit import Delete, Edit, Insert, Replace
 from modernizer.graph.values import Node
 from modernizer.imports import Imports
