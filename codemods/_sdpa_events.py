@@ -123,6 +123,7 @@ def kind_of_callee(value: Value) -> str:
 
 
 def is_nothing(node: ast.expr | None) -> bool:
+    """Whether a default is one that stands for a missing argument: None or False."""
     return isinstance(node, ast.Constant) and node.value in (None, False)
 
 
