@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from programs import PROGRAMS, Program
 
 from codemods.sdpa import Sdpa
@@ -436,3 +437,223 @@ def test_fixture_is_rewritten_exactly_or_left_alone(tmp_path: Path, fixture: Pro
     assert {site.status for site in report.sites} <= {Status.DONE, Status.MODERN}
     assert Status.DONE in {site.status for site in report.sites}
     torch.testing.assert_close(fixture_output(copy), fixture_output(fixture), rtol=0, atol=1e-12)
+
+
+LAYER = """
+class MultiHead(nn.Module):
+    def __init__(self, heads=3, dim=12):
+        super().__init__()
+        self.heads, self.width = heads, dim // heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x, memory, mask=None, head_mask=None, flag=False):
+        B = x.size(0)
+        q, k, v = (f(t).view(B, -1, self.heads, self.width).transpose(1, 2)
+                   for f, t in ((self.q, x), (self.k, memory), (self.v, memory)))
+        weights = torch.matmul(q, k.transpose(-1, -2)) / self.width ** 0.5
+        if mask is not None:
+            weights = weights.masked_fill(mask == 0, -1e9)
+        weights = self.drop(F.softmax(weights, dim=-1))
+        if head_mask is not None:
+            weights = weights * head_mask
+        out = self.o(torch.matmul(weights, v).transpose(1, 2).reshape(B, -1, self.heads * self.width))
+        RETURN
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = MultiHead()
+
+    def forward(self, x, memory, mask=None):
+        CALL
+
+
+class Model(nn.Module):
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(2)])
+
+    def forward(self, x, mask=None, with_weights=False):
+        kept = []
+        for layer in self.layers:
+            FOLD
+        END
+"""
+
+
+def layered(
+    returned: str,
+    call: str = "return x + self.attention(x, memory, mask)",
+    fold: str = "x = layer(x, x, mask)",
+    end: str = "return x",
+) -> str:
+    indent = "\n" + " " * 8
+    texts = {"RETURN": returned, "CALL": call, "FOLD": fold, "END": end}
+    code = LAYER
+    for name, text in texts.items():
+        inner = indent + "    " if name == "FOLD" else indent
+        code = code.replace(name, text.replace("\n", inner))
+    return HEADER + code
+
+
+WEIGHTS = {
+    "dropped by the caller": layered("return out, weights", "y, _ = self.attention(x, memory, mask)\nreturn x + y"),
+    "never taken": layered("return out, weights", "return x + self.attention(x, memory, mask)[0]"),
+    "a name for both": layered("return out, weights", "both = self.attention(x, memory, mask)\nreturn x + both[0]"),
+    "inside a lambda": layered(
+        "return out, weights", "f = lambda t: self.attention(t, memory, mask)[0]\nreturn x + f(x)"
+    ),
+    "asked for by a flag": layered("if flag:\n    return out, weights\nreturn out"),
+    "one tuple or another": layered(
+        "return (out, weights) if flag else (out,)", "return x + self.attention(x, memory, mask)[0]"
+    ),
+    "kept": layered("self.seen = weights\nreturn out"),
+    "a copy kept": layered("self.seen = weights.detach().mean(1)\nreturn out"),
+    "kept by the caller": layered(
+        "return out, weights", "y, self.seen = self.attention(x, memory, mask)\nreturn x + y"
+    ),
+    "their mean returned": layered(
+        "mean = weights.mean(1)\nreturn out, mean", "y, _ = self.attention(x, memory, mask)\nreturn x + y"
+    ),
+    "handed up, asked for by a flag": layered(
+        "return out, weights",
+        "y, w = self.attention(x, memory, mask)\nreturn x + y, w",
+        "x, w = layer(x, x, mask)\nif with_weights:\n    kept.append(w)",
+        "return (x, kept) if with_weights else x",
+    ),
+    "collected and dropped": layered(
+        "return out, weights",
+        "y, w = self.attention(x, memory, mask)\nreturn x + y, w",
+        "x, w = layer(x, x, mask)\nkept.append(w)",
+    ),
+}
+
+
+def recorded(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of every call of SDPA from here on."""
+    seen: list[dict[str, Any]] = []
+    real = F.scaled_dot_product_attention
+
+    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(kwargs)
+        return real(*args, **kwargs)
+
+    patch.setattr(F, "scaled_dot_product_attention", record)
+    return seen
+
+
+def calls(code: str, monkeypatch: pytest.MonkeyPatch, **further: object) -> tuple[int, Any, Any]:
+    """How often the model calls SDPA, what it returns, and the model."""
+    torch.manual_seed(0)
+    model = load(code)["Model"]().double().eval()
+    with monkeypatch.context() as patch:
+        seen = recorded(patch)
+        result = model(torch.randn(2, 6, 12, dtype=torch.float64), CAUSAL, **further)
+    return len(seen), result, model
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_are_computed_only_where_they_are_asked_for(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = WEIGHTS[name]
+    new, report = run_rule(tmp_path, old)
+    assert is_upgraded(new), [s.message for s in report.sites]
+    for mask in (None, PADDING, CAUSAL):
+        assert_same(old, new, mask)
+    assert calls(new, monkeypatch)[0] == 2
+
+
+def test_weights_that_a_flag_asks_for_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = WEIGHTS["handed up, asked for by a flag"]
+    new, _ = run_rule(tmp_path, old)
+    count, (out, kept), _ = calls(new, monkeypatch, with_weights=True)
+    _, (old_out, old_kept), _ = calls(old, monkeypatch, with_weights=True)
+    assert count == 0
+    torch.testing.assert_close([out, *kept], [old_out, *old_kept], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dropped by the caller", "never taken", "asked for by a flag", "a name for both"])
+def test_a_direct_call_gives_what_it_gave(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, _ = run_rule(tmp_path, WEIGHTS[name])
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    further = {"flag": True} if "flag" in name else {}
+    for given in ({}, {"head_mask": torch.tensor([0.0, 2.0, 1.0])[:, None, None]}):
+        results = [
+            calls(code, monkeypatch)[2].layers[0].attention(x, x, **given, **further) for code in (WEIGHTS[name], new)
+        ]
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_kept_weights_come_back_with_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = WEIGHTS["kept"]
+    new, report = run_rule(tmp_path, old)
+    assert any("keep_weights" in note for site in report.sites for note in site.notes)
+    model, before = calls(new, monkeypatch)[2], calls(old, monkeypatch)[2]
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    for layer in model.layers:
+        layer.attention.keep_weights = True
+    torch.testing.assert_close(model(x), before(x), rtol=0, atol=0)
+    torch.testing.assert_close(model.layers[0].attention.seen, before.layers[0].attention.seen, rtol=0, atol=0)
+
+
+WANTED = {
+    "returned by the model": layered(
+        "return out, weights",
+        "y, w = self.attention(x, memory, mask)\nreturn x + y, w",
+        "x, w = layer(x, x, mask)\nkept.append(w)",
+        "return x, kept",
+    ),
+    "read from the module": layered("self.seen = weights\nreturn out", end="return x + self.layers[0].attention.seen.sum()"),
+    "a loss of them": layered("self.loss = (weights * weights.log()).sum()\nreturn out"),
+    "in a dict": layered(
+        "return {'out': out, 'weights': weights}", "return x + self.attention(x, memory, mask)['out']"
+    ),
+    "used by the caller": layered(
+        "return out, weights", "y, w = self.attention(x, memory, mask)\nreturn x + y * w.mean()"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_weights_that_are_always_wanted_are_left(tmp_path: Path, name: str) -> None:
+    new, report = run_rule(tmp_path, WANTED[name])
+    assert new == WANTED[name]
+    assert {site.status for site in report.sites} == {Status.REFUSED}
+
+
+def test_dropout_acts_on_the_weights_in_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = {
+        "module": "return self.merge(self.drop(F.softmax(q @ k.mT, -1)) @ v)",
+        "function": "return self.merge(F.dropout(F.softmax(q @ k.mT, -1), self.p, self.training) @ v)",
+        "optional": "a = F.softmax(q @ k.mT, -1)\nif self.p:\n    a = self.drop(a)\nreturn self.merge(a @ v)",
+    }
+    for number, body in enumerate(forms.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        new, _ = run_rule(folder, program(body))
+        for train, expected in ((True, 0.25), (False, 0.0)):
+            with monkeypatch.context() as patch:
+                seen = recorded(patch)
+                load(new)["Model"](p=0.25).train(train)(torch.randn(2, 6, 12))
+            assert [call["dropout_p"] for call in seen] == [expected]
+
+
+LEFT_ALONE = {
+    "a branch with SDPA": (
+        "if self.p:\n    return self.merge(F.scaled_dot_product_attention(q, k, v))\n"
+        "return self.merge(F.softmax(q @ k.mT * self.scale, -1) @ v)"
+    ),
+    "SDPA": "return self.merge(F.scaled_dot_product_attention(q, k, v))",
+    "a gate": "return self.merge(F.softmax(v, -1) * v)",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_is_modern_or_no_attention_is_not_touched(tmp_path: Path, name: str) -> None:
+    old = program(LEFT_ALONE[name])
+    new, report = run_rule(tmp_path, old)
+    assert new == old
+    assert {site.status for site in report.sites} <= {Status.MODERN}
