@@ -25,10 +25,10 @@ from codemods._prenorm_torch import (
 )
 from modernizer.edit import Edit, Insert, Replace
 from modernizer.graph import Graph
-from modernizer.graph.query import location
+from modernizer.graph.query import location, through
 from modernizer.graph.values import Class, Frame, Function, Method, Module, Partial, Value, flatten
 from modernizer.model_map import ModelMap
-from modernizer.model_map.residual import FLAG, NONE, POST, PRE, PSEUDO, Residual
+from modernizer.model_map.residual import FLAG, LAYOUT, NONE, POST, PRE, PSEUDO, Residual
 from modernizer.model_map.stack import Stack
 from modernizer.rule import Effect, Modern, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location
@@ -378,6 +378,8 @@ def _check_coverage(model: ModelMap, group: _Group, contexts: Mapping[ast.AST, S
     for norm in model.norms.all:
         if id(norm.call) in calls and id(norm) not in norms:
             assert norm.call is not None
+            if any(through(r.stream, LAYOUT) is norm.result for rs in contexts.values() for r in rs):
+                raise Impossible(norm.call, norm.frame, *PSEUDO_PRE)
             raise Impossible(norm.call, norm.frame, "this norm is also called where it does not follow a residual sum")
     for r in calls.values():
         owner = r.norm.module.owner if r.norm and r.norm.module else None

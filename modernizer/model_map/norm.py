@@ -14,6 +14,9 @@ TINY = 1e-12  # an eps below this does not keep a constant row finite
 CASTS = frozenset("type to float half bfloat16 double type_as contiguous clone data alias".split())
 LAYOUT = CASTS | frozenset("transpose permute movedim unsqueeze squeeze view reshape expand expand_as t".split())
 CLAMPS = frozenset("clamp clamp_min maximum".split())
+# What asks a tensor for anything but its content.
+SIZES = SHAPES | LIKE | {"attr"}
+
 FEATURE_NORMS = frozenset({"layer", "rms"})
 
 
@@ -185,7 +188,7 @@ def made_of(value: Value, x: Node) -> bool:
         node = todo.pop()
         if node is x:
             return True
-        if id(node) not in seen and node.order > x.order and node.op not in SHAPES and node.op not in LIKE:
+        if id(node) not in seen and node.order > x.order and node.op not in SIZES:
             seen.add(id(node))
             todo.extend(inputs(node))
     return False

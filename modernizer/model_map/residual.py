@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from modernizer.graph import Graph
-from modernizer.graph.query import IDENTITY, LIKE, SHAPES, base, inputs, through, users
+from modernizer.graph.query import IDENTITY, base, inputs, through, users
 from modernizer.graph.values import Const, Frame, Module, Node, Value, flatten
-from modernizer.model_map.norm import Norm, Norms
+from modernizer.model_map.norm import SIZES, Norm, Norms
 
 # What makes a branch a sublayer: it projects, mixes positions, or cannot be looked into.
 PROJECTIONS = frozenset(
@@ -18,8 +18,6 @@ PROJECTIONS = frozenset(
 ATTENTION = frozenset("softmax scaled_dot_product_attention mha torch_encoder_layer torch_decoder_layer".split())
 # torch's own layers: the stream goes in and comes out of one node.
 TORCH_LAYERS = frozenset({"torch_encoder_layer", "torch_decoder_layer"})
-# What asks a tensor for anything but its content.
-SIZES = SHAPES | LIKE | {"attr"}
 LAYOUT = IDENTITY | frozenset("transpose permute movedim view reshape unsqueeze squeeze flatten".split())
 
 PRE, POST, PSEUDO, NONE, FLAG = "pre", "post", "pseudo-pre", "none", "both"

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from modernizer.graph import Graph
-from modernizer.graph.query import class_of, is_torch, location, users
-from modernizer.graph.values import Frame, Module, Node, Value
+from modernizer.graph.query import class_of, inputs, is_torch, location, users
+from modernizer.graph.values import Frame, Module, Node, Value, flatten
 from modernizer.model_map.map import Evidence, Role
-from modernizer.model_map.norm import Norm, Norms, made_of
-from modernizer.model_map.residual import LAYOUT, SIZES, Residual, Residuals, path
+from modernizer.model_map.norm import SIZES, Norm, Norms, made_of
+from modernizer.model_map.residual import LAYOUT, Residual, Residuals, path
 from modernizer.source import Location
 from modernizer.syntax import loops_around
 
-# What the stream may pass between two sums and still be the stream: copies, other layouts, and masking.
-PASSED = LAYOUT | frozenset({"merge", "mul", "masked_fill"})
+# What the stream may pass between two sums and still be the stream: copies, other layouts, masking, and something
+# added that is not made of it, such as positions.
+PASSED = LAYOUT | frozenset({"merge", "mul", "masked_fill", "add"})
 
 _Place = tuple[str, Frame, ast.AST, tuple[ast.AST, ...]]
 LOOP, SEQUENTIAL, PLAIN = "loop", "sequential", "plain"
@@ -70,6 +71,16 @@ class Flow:
             self._streams[id(r.stream)].append(r)
         self._carried: dict[int, dict[int, Node]] = {}
 
+    @cached_property
+    def _summed(self) -> set[int]:
+        """All data in which a residual sum has a part: what adds these joins streams."""
+        found: set[int] = set()
+        for node in self.residuals.graph.machine.nodes:
+            made = node.op not in SIZES and any(id(i) in found for i in inputs(node))
+            if made or id(node) in self.residuals.by_sum:
+                found.add(id(node))
+        return found
+
     def carried(self, r: Residual) -> dict[int, Node]:
         """The stream behind a sum and everything that is still it: copies, other layouts, masked, merged."""
         return self.carried_from(r.out)
@@ -90,9 +101,11 @@ class Flow:
     def _passes(self, user: Node, stream: Node, found: dict[int, Node]) -> bool:
         if user.op not in PASSED or not user.args or self.norms.around(user) is not None:
             return False
-        if user.op in ("mul", "masked_fill"):
+        if user.op in ("mul", "masked_fill", "add"):
             others = [a for a in user.args if id(a) not in found]
-            return len(others) == len(user.args) - 1 and not any(made_of(a, stream) for a in others)
+            if len(others) != len(user.args) - 1 or any(made_of(a, stream) for a in others):
+                return False
+            return user.op != "add" or not any(id(leaf) in self._summed for a in others for leaf in flatten(a))
         return user.op == "merge" or id(user.args[0]) in found
 
     def after(self, r: Residual) -> list[Residual]:

@@ -599,3 +599,20 @@ FORMS["sizes from a config"] = (
         "    return Model(SimpleNamespace(vocab=VOCAB, d=D, heads=HEADS, hidden=FF, n=LAYERS))",
     )
 )
+
+FORMS["positions in every block"] = (
+    block("x = x + self.pos[: x.size(1)]\nx = self.ln1(x + self.attn(x, x, x, mask))\nreturn self.ln2(x + self.ff(x))")
+    .replace("nn.Dropout(dropout)", "nn.Dropout(dropout)\n        self.pos = nn.Parameter(torch.zeros(32, d))")
+    .split("\n\n\ndef parts")[0]
+    + """
+
+def twin(model, ids):
+    x = model.embed(ids)
+    for b in model.layers:
+        x = x + b.pos[: x.size(1)]
+        n = b.ln1(x)
+        x = x + b.attn(n, n, n, causal(n))
+        x = x + b.ff(b.ln2(x))
+    return model.head(model.final_norm(x))
+"""
+)

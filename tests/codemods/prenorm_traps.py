@@ -126,6 +126,22 @@ REFUSED["sublayer run by a function from outside"] = changed(
     ("import copy", "import copy\n\nfrom somewhere import in_chunks"),
 )
 
+REFUSED["pseudo pre-norm with a final norm"] = changed(
+    REFUSED["pseudo pre-norm"],
+    ("        self.head =", "        self.norm = nn.LayerNorm(d)\n        self.head ="),
+    ("self.head(x)", "self.head(self.norm(x))"),
+)
+REFUSED["stream of an earlier layer added again"] = changed(
+    GOOD,
+    (
+        "        for layer in self.layers:\n            x = layer(x, mask)",
+        "        first = x\n"
+        "        for layer in self.layers:\n"
+        "            y = layer(x, mask)\n"
+        "            x, first = y + first, y",
+    ),
+)
+
 UNTOUCHED = {
     "pre-norm": block("n = self.ln1(x)\nx = x + self.attn(n, n, n, mask)\nreturn x + self.ff(self.ln2(x))"),
     "pre-norm with a final norm": changed(
