@@ -1,4 +1,4 @@
-"""The grammar tells the truth about its programs, and every rule stands up to them."""
+"""The grammar tells the truth about its programs. `make fuzz` applies the rules to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
-from .checks import outcomes
 from .choices import DIMENSIONS, Choice, fitted
 from .compose import Program, compose
 from .fuzz import ready
@@ -55,18 +54,6 @@ def test_labels_are_true_of_combinations(batch: int) -> None:
     @given(programs())
     def check(program: Program) -> None:
         assert labels(program) == []
-
-    check()
-
-
-@pytest.mark.parametrize("batch", range(8))
-def test_rules_stand_up_to_combinations(batch: int) -> None:
-    @seed(100 + batch)
-    @settings(SETTINGS, max_examples=25)
-    @given(programs())
-    def check(program: Program) -> None:
-        for made in outcomes(program):
-            assert not made.failed, f"{','.join(made.rules)} {made.verdict}: {made.symptom}"
 
     check()
 
