@@ -48,7 +48,7 @@ def _tidy(lines: Iterable[str]) -> str:
         if not line.strip() and (not kept or not kept[-1].strip() or kept[-1].rstrip().endswith(":")):
             continue
         kept.append(line)
-    return "\n".join(kept).rstrip() + "\n"
+    return "\n".join(kept).rstrip("\n") + "\n"
 
 
 def region_text(source: SourceFile, region: Sequence[ast.stmt], changes: Sequence[Change]) -> str:
@@ -65,7 +65,7 @@ def region_text(source: SourceFile, region: Sequence[ast.stmt], changes: Sequenc
         place = b
     text += source.text[place:end]
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = textwrap.dedent(text).rstrip().split("\n")
+    lines = textwrap.dedent(text).rstrip("\n").split("\n")
     return "\n".join(_reindented(line, source.indentation) for line in lines) + "\n"
 
 

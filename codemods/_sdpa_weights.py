@@ -100,6 +100,7 @@ class _Analysis:
         self.flags: dict[ast.ClassDef, str] = {}
         self.attributes: list[str] = []
         self.parameter = ""
+        self.through: set[ast.Call] = set()  # calls in wrappers that hand their keywords on
         self.wrapped: list[ast.stmt] = []  # further statements that compute something of the weights
 
     def demand(self, reads: Sequence[ast.Name]) -> Demand:
@@ -261,9 +262,10 @@ class _Analysis:
         call, caller = frame.call, frame.caller
         if not isinstance(call, ast.Call) or caller is None or caller.function is None:
             return  # an entry: whoever calls it is outside
-        if not self._calls(call, function):
-            raise Decline("the weights are returned through a call that cannot be given a further argument")
         source = caller.scope.source
+        if not self._calls(call):
+            self._through(call, slot, function, caller)
+            return
         self.homes[call] = source
         outer = function_of(source.tree, call)
         if outer is None:
@@ -271,7 +273,38 @@ class _Analysis:
             return
         self.wanted[call] |= self._use(call, slot, outer, source, caller)
 
-    def _calls(self, call: ast.Call, function: ast.FunctionDef) -> bool:
+    def _through(self, call: ast.Call, slot: int, function: ast.FunctionDef, caller: Frame) -> None:
+        """`self.sublayer(*args, **kwargs)` in a wrapper that drops the weights: whoever calls the wrapper says so."""
+        source, outer, outward_call = caller.scope.source, caller.function, caller.call
+        assert outer is not None
+        wrapper = outer.node
+        rest = wrapper.args.kwarg.arg if wrapper.args.kwarg else ""
+        hands_on = any(k.arg is None and isinstance(k.value, ast.Name) and k.value.id == rest for k in call.keywords)
+        around = caller.caller
+        if (
+            not hands_on
+            or not isinstance(wrapper, ast.FunctionDef)
+            or not isinstance(outward_call, ast.Call)
+            or around is None
+            or self._use(call, slot, wrapper, source, caller)
+            or not self._always_ends_in(outward_call, call, function)
+        ):
+            raise Decline("the weights are returned through a call that cannot be given a further argument")
+        self.through.add(call)
+        self.homes[outward_call] = around.scope.source
+        self.wanted[outward_call] |= set()
+
+    def _always_ends_in(self, outward_call: ast.Call, call: ast.Call, function: ast.FunctionDef) -> bool:
+        """Whether a call of a wrapper runs the function every time, and never something else in its place."""
+        values = [value for _, value in self.machine.at.get(outward_call.func, ())]
+        wrapped = [f for f in self.machine.frames if f.call is outward_call and f.function is not None]
+        return (
+            bool(wrapped)
+            and {entered(v) for v in values} == {f.function.node for f in wrapped if f.function is not None}
+            and all(any(g.caller is f and g.call is call for g in self.frames[function]) for f in wrapped)
+        )
+
+    def _calls(self, call: ast.Call) -> bool:
         """Whether a call can only be one of the functions that take the new parameter."""
         values = [value for _, value in self.machine.at.get(call.func, ())]
         return bool(values) and all(any(entered(value) is known for known in self.slots) for value in values)
@@ -302,7 +335,7 @@ class _Analysis:
         self, target: ast.expr, slot: int, outer: FunctionNode, source: SourceFile, caller: Frame, statement: ast.Assign
     ) -> set[str]:
         if isinstance(target, ast.Name):
-            return self._whole(target, slot, outer, source, statement)
+            return self._whole(target, slot, outer, source, caller)
         if not isinstance(target, ast.Tuple | ast.List):
             return {ALWAYS}
         star = next((i for i, e in enumerate(target.elts) if isinstance(e, ast.Starred)), None)
@@ -315,19 +348,24 @@ class _Analysis:
             return {ALWAYS} if not isinstance(part, ast.Name) else set()
         return self._uses_of(part.id, outer, source, caller, statement, set())
 
-    def _whole(
-        self, target: ast.Name, slot: int, outer: FunctionNode, source: SourceFile, statement: ast.stmt
-    ) -> set[str]:
-        """`result = attention(...)`: every read takes one item out of it."""
+    def _whole(self, target: ast.Name, slot: int, outer: FunctionNode, source: SourceFile, caller: Frame) -> set[str]:
+        """`result = attention(...)`: every read takes one item out of it, or only asks what it is."""
         above = parents(source.tree)
+        values = {id(v) for f, v in self.machine.at.get(target, ()) if f is caller}
         for node in ast.walk(outer):
-            if isinstance(node, ast.Name) and node.id == target.id and isinstance(node.ctx, ast.Load):
-                parent = above.get(node)
-                index = parent.slice if isinstance(parent, ast.Subscript) and parent.value is node else None
-                if not (isinstance(index, ast.Constant) and isinstance(index.value, int) and index.value >= 0):
-                    return {ALWAYS}
-                if index.value == slot:
-                    return {ALWAYS}
+            if not (isinstance(node, ast.Name) and node.id == target.id and isinstance(node.ctx, ast.Load)):
+                continue
+            seen = [v for f, v in self.machine.at.get(node, ()) if f is caller]
+            if seen and not any(id(v) in values or any(id(p) in values for p in v.inputs) for v in seen):
+                continue  # bound again in between
+            parent = above.get(node)
+            if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance":
+                continue
+            index = parent.slice if isinstance(parent, ast.Subscript) and parent.value is node else None
+            if not (isinstance(index, ast.Constant) and isinstance(index.value, int) and index.value >= 0):
+                return {ALWAYS}
+            if index.value == slot:
+                return {ALWAYS}
         return set()
 
     def _uses_of(
@@ -430,6 +468,9 @@ class _Analysis:
         if not self.parameter or self.parameter not in conditions:
             return False
         call = frame.call
+        wrapper = frame.caller
+        if call in self.through and wrapper is not None:
+            frame, call = wrapper, wrapper.call
         if not isinstance(call, ast.Call) or call not in self.wanted or frame.caller is None:
             return True
         return self._by_default(self._home_frame(frame.caller), sorted(self.wanted[call]))

@@ -90,8 +90,10 @@ def _identical(left: Value, right: Value) -> bool | None:
         return True
     if isinstance(left, Class) and isinstance(right, Class):
         return left.node is right.node
-    if isinstance(left, Node) and isinstance(right, Node) and _is_fresh(left, right) and _is_fresh(right, left):
-        return False
+    if isinstance(left, Node) and isinstance(right, Node):
+        pairs = [(one, other) for one in _may_be(left) for other in _may_be(right)]
+        if all(_is_fresh(one, other) and _is_fresh(other, one) for one, other in pairs):
+            return False
     return None
 
 
@@ -101,11 +103,31 @@ _SAME_TENSOR = frozenset(
 )
 
 
-def _is_fresh(value: Node, other: Node) -> bool:
+def _may_be(value: Value) -> list[Value]:
+    """What a value may be: itself, what it was made of by an operation that may hand that back, and so on."""
+    found: dict[int, Value] = {}
+    todo = [value]
+    while todo:
+        inner = todo.pop()
+        if id(inner) in found:
+            continue
+        found[id(inner)] = inner
+        if isinstance(inner, Node) and inner.op in _SAME_TENSOR:
+            todo.extend(inner.args if inner.op == "merge" else inner.args[:1])
+    return [inner for inner in found.values() if not (isinstance(inner, Node) and inner.op == "merge")]
+
+
+def _is_fresh(value: Value, other: Value) -> bool:
     """Whether a datum was computed, or handed in while the other was computed: it cannot be the other one."""
-    if value is other or value.op in _SAME_TENSOR:
+    if not isinstance(value, Node) or not isinstance(other, Node):
+        return isinstance(value, Node) != isinstance(other, Node) and not _is_open(value) and not _is_open(other)
+    if value is other:
         return False
     return value.op not in OPEN or (value.op == "input" and other.op not in OPEN)
+
+
+def _is_open(value: Value) -> bool:
+    return isinstance(value, Node) and value.op in OPEN
 
 
 def _fold(op: ast.cmpop, left: object, right: object) -> bool | None:

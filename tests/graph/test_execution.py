@@ -394,3 +394,32 @@ def test_sequential_that_runs_its_own_children(tmp_path: Path, loop: str) -> Non
         "        self.s = S(nn.Linear(2, 2), nn.ReLU())\n    def forward(self, x):\n        return self.s(x)\n"
     )
     assert ops(graph_of(tmp_path, m=text)) == ["linear", "relu"]
+
+
+def test_a_cast_mask_is_not_the_stream(tmp_path: Path) -> None:
+    graph = graph_of(
+        tmp_path,
+        model=HEAD
+        + """
+class Wrap(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, *args):
+        normed = self.norm(args[0])
+        return [normed if a is args[0] else a for a in args]
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wrap = Wrap()
+
+    def forward(self, x):
+        h = x * 2
+        return self.wrap(h, (x != 0).float())
+""",
+    )
+    result = returned(graph)
+    assert isinstance(result, Many)
+    assert [item.op for item in result.items if isinstance(item, Node)] == ["layer_norm", "float"]
