@@ -119,12 +119,15 @@ def _in_order(needed: dict[str, set[str]]) -> list[str]:
 
 
 def _stem(found: _Import) -> str:
-    return found.module.rpartition(".")[2]
+    """The file of an import below the package: `rotary`, `constellation.hybrid_relay`, or a sub-package's name."""
+    return found.module.removeprefix(_PACKAGE + ".")
 
 
 @cache
 def _read(stem: str) -> _File:
-    text = (_FOLDER / f"{stem}.py").read_text(encoding="utf-8")
+    place = _FOLDER.joinpath(*stem.split("."))
+    file_name = place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")
+    text = file_name.read_text(encoding="utf-8")
     lines, file = text.splitlines(), _File()
     for node in ast.parse(text).body:
         if isinstance(node, ast.Import | ast.ImportFrom):

@@ -6,6 +6,7 @@ except ImportError as error:
     raise ImportError('modernizer.components needs PyTorch: pip install "modernizer[torch]"') from error
 
 from modernizer.components.alibi import ALiBi, alibi_slopes
+from modernizer.components.constellation import HybridRelay, PureRelay
 from modernizer.components.masked_attention import masked_attention
 from modernizer.components.multihead_attention import MultiheadAttention
 from modernizer.components.rotary import RotaryEmbedding, apply_rotary
@@ -17,7 +18,9 @@ from modernizer.components.transformer_encoder_layer import TransformerEncoderLa
 __all__ = [
     "ALiBi",
     "GatedSiLU",
+    "HybridRelay",
     "MultiheadAttention",
+    "PureRelay",
     "RotaryEmbedding",
     "SwiGLU",
     "Transformer",
