@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -210,8 +210,13 @@ def exactness(bench: Bench) -> None:
     x = bench.noise(2, 256)
     layer, plain = bench.make("HybridRelay"), literal(bench)
     with torch.no_grad():
-        found = (layer(x) - plain(x)).abs().max().item()
-        bench.add("exactness", what="HybridRelay against the literal form", max_difference=found)
+        # In float32 the literal form's own scores are off by 1e-7, and it takes the wrong one of two that are closer.
+        off = (layer(x) - plain(x)).abs()
+        bench.add("exactness", what="against the literal form, float32: share of tokens that differ by more than 1e-5",
+                  max_difference=(off.amax(-1) > 1e-5).float().mean().item())  # fmt: skip
+        bench.add("exactness", what="the same, median token", max_difference=off.amax(-1).median().item())
+        found = (layer.double()(x.double()) - plain.double()(x.double())).abs().max().item()
+        bench.add("exactness", what="against the literal form, float64", max_difference=found)
         causal, cache = bench.make("HybridRelay causal"), RelayCache()
         pieces = torch.cat([causal(part, cache) for part in x.split(32, dim=1)], 1)
         found = (pieces - causal(x)).abs().max().item()
@@ -257,7 +262,8 @@ def peak(bench: Bench, what: str, name: str, batch: int, length: int) -> float:
     """Peak memory above inputs and weights: the allocator's on a GPU, that of a process of its own on the CPU."""
     if bench.device.type == "cpu":
         job = [sys.executable, __file__, "--peak", what, name, str(batch), str(length), "--dim", str(bench.dim)]
-        done = subprocess.run(job, capture_output=True, text=True)
+        memory = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back at once
+        done = subprocess.run(job, capture_output=True, text=True, env=memory)
         return float(done.stdout) if done.returncode == 0 else math.nan
     layer = literal(bench) if name == "literal form" else bench.make(name)
     x = bench.noise(batch, length)
@@ -278,12 +284,20 @@ def step(layer: nn.Module, x: Tensor, what: str) -> None:
 
 
 def peak_of_this_process(what: str, name: str, batch: int, length: int, dim: int) -> float:
+    """Resident memory at its highest during one step, above that before it (Linux)."""
     bench = Bench("cpu", True, dim)
     layer = literal(bench) if name == "literal form" else bench.make(name)
+    x = bench.noise(batch, length)
     step(layer, bench.noise(1, 32), what)  # what libraries allocate once does not count
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(layer, bench.noise(batch, length), what)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    before = resident("VmRSS")
+    step(layer, x, what)
+    return (resident("VmHWM") - before) * 1024 / 1e6
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 # -- telling

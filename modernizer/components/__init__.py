@@ -9,6 +9,7 @@ from modernizer.components.alibi import ALiBi, alibi_slopes
 from modernizer.components.constellation import HybridRelay, PureRelay
 from modernizer.components.masked_attention import masked_attention
 from modernizer.components.multihead_attention import MultiheadAttention
+from modernizer.components.prism import PrismAdapter
 from modernizer.components.rotary import RotaryEmbedding, apply_rotary
 from modernizer.components.swiglu import GatedSiLU, SwiGLU, swiglu, swiglu_hidden
 from modernizer.components.transformer import Transformer
@@ -20,6 +21,7 @@ __all__ = [
     "GatedSiLU",
     "HybridRelay",
     "MultiheadAttention",
+    "PrismAdapter",
     "PureRelay",
     "RotaryEmbedding",
     "SwiGLU",

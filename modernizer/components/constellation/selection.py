@@ -105,14 +105,20 @@ def _candidates(
             own = torch.arange(offset + start, offset + stop, device=query.device)[:, None]
             hidden = places >= own if causal else places == own
             scores.masked_fill_(hidden | scores.isnan(), -torch.inf)
-            best = torch.topk(_sortable(scores, places), count, dim=-1).values
-            index[:, start:stop, :count] = _LAST - (best & _LAST)
-            real[:, start:stop, :count] = (best >> 32) > _NOTHING
+            best = torch.topk(scores, min(count + 1, seen), dim=-1)
+            index[:, start:stop, :count] = best.indices[..., :count]
+            real[:, start:stop, :count] = best.values[..., :count] > -torch.inf
+            if seen > count:
+                last, next_ = best.values[..., count - 1], best.values[..., count]
+                tied = (last == next_) & (last > -torch.inf)  # which of equals came in is torch's secret
+                if tied.any():
+                    head, row = tied.nonzero(as_tuple=True)
+                    order = torch.topk(_sortable(scores[tied], places), count, dim=-1).values
+                    index[head, start + row, :count] = _LAST - (order & _LAST)
     return index, real
 
 
 _LAST = 2**32 - 1
-_NOTHING = -(2**31) + 2**23 - 1  # -inf, as _sortable orders it
 
 
 def _sortable(scores: Tensor, places: Tensor) -> Tensor:

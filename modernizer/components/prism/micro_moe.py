@@ -1,0 +1,87 @@
+"""MicroMoE: an adapter of which only the tiles that matter to a token are evaluated."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modernizer.components.prism.adapter import PrismAdapter
+
+__all__ = ["MicroMoE"]
+
+
+class MicroMoE(nn.Module):
+    """An adapter with ``active`` of its tiles at work for each token, chosen by a gate that scales none of them.
+
+    A tile is scored by the most it can contribute, the norm of its inputs times its own (Frobenius); what is chosen
+    counts in full. (Weights of a softmax over the chosen sum to 1 and shrink the output to almost nothing.) It is an
+    approximation: a `LowRankAdapter` of equal cost is usually closer, and the dense product usually faster; it is of
+    use where reading the weight is what costs, at batch 1.
+
+    Args:
+        adapter: the fitted adapter; its weight is shared.
+        active: tiles for each token.
+        scope: "token" (each its own) or "batch" (one choice for all tokens of a call).
+        gate: instead of the norms, a module ``[..., in_features] -> [..., tiles]`` whose largest scores are chosen.
+    """
+
+    def __init__(
+        self, adapter: PrismAdapter, active: int = 154, *, scope: str = "token", gate: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        if not 1 <= active <= adapter.plan.tiles:
+            raise ValueError(f"{active} active tiles of {adapter.plan.tiles}")
+        if scope not in ("token", "batch"):
+            raise ValueError(f'scope is "token" or "batch", not {scope!r}')
+        self.adapter, self.active, self.scope, self.gate = adapter, active, scope, gate
+
+    def scores(self, x: Tensor) -> Tensor:
+        """How much each tile may matter: ``[..., in_features] -> [..., tiles]``."""
+        if self.gate is not None:
+            found: Tensor = self.gate(x)
+            return found
+        plan = self.adapter.plan
+        squares = self.adapter.weight.detach().square()
+        by_column = torch.stack([squares[:, a:b].sum(1) for a, b in plan.col_spans], 1)  # [out, cols]
+        norms = torch.stack([by_column[a:b].sum(0) for a, b in plan.row_spans]).sqrt()  # [rows, cols]
+        inputs = torch.stack([x[..., a:b].norm(dim=-1) for a, b in plan.col_spans], -1)  # [..., cols]
+        return (inputs[..., None, :] * norms).flatten(-2)
+
+    def choose(self, x: Tensor) -> Tensor:
+        """The active tiles ``[tokens, active]`` of ``x [tokens, in_features]``; ``[1, active]`` for the whole batch."""
+        scores = self.scores(x)
+        if self.scope == "batch":
+            scores = scores.sum(0, keepdim=True)
+        return scores.topk(self.active, dim=-1).indices
+
+    def forward(self, x: Tensor, tiles: Tensor | None = None) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``, the tokens of each tile evaluated together.
+
+        ``tiles [tokens or 1, any]`` are the active ones, instead of those the gate chooses.
+        """
+        plan = self.adapter.plan
+        if x.shape[-1] != plan.in_features:
+            raise ValueError(f"this adapter takes {plan.in_features} features, not {x.shape[-1]}")
+        flat = x.reshape(-1, plan.in_features)
+        chosen = self.choose(flat) if tiles is None else tiles
+        out = flat.new_zeros(len(flat), plan.out_features)
+        if self.adapter.bias is not None:
+            out = out + self.adapter.bias
+        order = chosen.flatten().argsort(stable=True)
+        owners = torch.div(order, chosen.shape[1], rounding_mode="floor")
+        counts = torch.bincount(chosen.flatten(), minlength=plan.tiles).tolist()
+        every = len(chosen) == 1  # one choice for all tokens
+        for tile, tokens in enumerate(torch.split(owners, counts)):
+            if not len(tokens):
+                continue
+            rows, cols, _, _ = plan.place(tile)
+            weight = self.adapter.weight[rows, cols]
+            if every:
+                out[:, rows] += F.linear(flat[:, cols], weight)
+            else:
+                out[tokens, rows] += F.linear(flat[tokens, cols], weight)
+        return out.reshape(*x.shape[:-1], plan.out_features)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active} of {self.adapter.plan.tiles}, scope={self.scope}"
