@@ -7,6 +7,7 @@ except ImportError as error:
 
 from modernizer.components.alibi import ALiBi, alibi_slopes
 from modernizer.components.constellation import HybridRelay, PureRelay
+from modernizer.components.kv_cache import KVCache, StaticKVCache
 from modernizer.components.masked_attention import masked_attention
 from modernizer.components.multihead_attention import MultiheadAttention
 from modernizer.components.prism import PrismAdapter
@@ -20,10 +21,12 @@ __all__ = [
     "ALiBi",
     "GatedSiLU",
     "HybridRelay",
+    "KVCache",
     "MultiheadAttention",
     "PrismAdapter",
     "PureRelay",
     "RotaryEmbedding",
+    "StaticKVCache",
     "SwiGLU",
     "Transformer",
     "TransformerDecoderLayer",
