@@ -1,0 +1,125 @@
+"""A weight map meets the names and shapes of a checkpoint: what is joined, cut and kept, or why it cannot be."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from modernizer.weights.maps import Concat, Group, MapError, Split, Step
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """One step for named tensors: `old` are joined along `axis`, or the one of them is cut into `sizes`."""
+
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    axis: int
+    sizes: tuple[int, ...]  # along the axis, of the parts
+
+
+def resolve(groups: Sequence[Group], shapes: Mapping[str, Shape]) -> list[Move]:
+    """The moves of one stage, in the order of the first tensor each one takes.
+
+    Names that no group speaks of are moved to themselves. Raises MapError where a group does not fit, or two do.
+    """
+    taken: dict[str, tuple[str, Group]] = {}
+    made: dict[str, list[Move]] = {}  # by the first of the old names, in the order of the file
+    for group in groups:
+        for prefix in _prefixes(group, shapes):
+            moves = [move for step in group.steps if (move := _move(step, prefix, shapes))]
+            used = [name for move in moves for name in move.old]
+            for name in used:
+                if name in taken:
+                    raise MapError(f"{name}: both {taken[name][1].owner} and {group.owner} would take it")
+                taken[name] = (prefix, group)
+            for move in moves:
+                made.setdefault(move.old[0], []).append(move)
+    if not made and groups:
+        raise MapError(f"no tensor here is one that this map moves ({', '.join(group.owner for group in groups)})")
+    result: list[Move] = []
+    for name in shapes:
+        result += made.get(name, [])
+        if name not in taken:
+            result.append(Move((name,), (name,), 0, ()))
+    times = Counter(name for move in result for name in move.new)
+    twice = [name for name, count in times.items() if count > 1]
+    if twice:
+        raise MapError(f"{twice[0]}: is there already; was this checkpoint migrated before?")
+    return result
+
+
+def _prefixes(group: Group, shapes: Mapping[str, Shape]) -> list[str]:
+    """Where the class sits in the model. A place with only some of the sources is an error where its like has all."""
+    wanted = [name for step in group.steps if not step.optional for name in step.sources]
+    found: dict[str, set[str]] = {}
+    for name in shapes:
+        for source in wanted:
+            if name == source or name.endswith("." + source):
+                found.setdefault(name[: len(name) - len(source)], set()).add(source)
+    whole = [prefix for prefix, names in found.items() if len(names) == len(set(wanted))]
+    alike = {_pattern(prefix) for prefix in whole}
+    for prefix, names in found.items():
+        if prefix not in whole and (not whole or _pattern(prefix) in alike):
+            missing = next(name for name in wanted if name not in names)
+            raise MapError(f"{prefix}{missing}: missing, while {prefix}{min(names)} is there ({group.owner})")
+    return whole
+
+
+def _pattern(prefix: str) -> str:
+    return re.sub(r"\d+", "*", prefix)
+
+
+def _move(step: Step, prefix: str, shapes: Mapping[str, Shape]) -> Move | None:
+    old = tuple(prefix + name for name in step.sources)
+    new = tuple(prefix + name for name in step.targets)
+    missing = [name for name in old if name not in shapes]
+    if step.optional and len(missing) == len(old):
+        return None
+    if missing:
+        raise MapError(f"{missing[0]}: missing, while {next(n for n in old if n in shapes)} is there")
+    return Move(
+        old, new, step.axis, _joined(step, old, shapes) if isinstance(step, Concat) else _cut(step, old, shapes)
+    )
+
+
+def _joined(step: Concat, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[int, ...]:
+    first = shapes[old[0]]
+    for name in old:
+        shape = shapes[name]
+        if len(shape) <= step.axis:
+            raise MapError(f"{name}: of shape {list(shape)}, which has no axis {step.axis}")
+        if _others(shape, step.axis) != _others(first, step.axis):
+            raise MapError(f"{name}: of shape {list(shape)}, which does not fit {old[0]} of shape {list(first)}")
+    sizes = tuple(shapes[name][step.axis] for name in old)
+    if step.equal and len(set(sizes)) > 1:
+        raise MapError(f"{old[0]}, …: the lengths {list(sizes)} differ, and the new model wants equal ones")
+    if step.sizes and sizes != step.sizes:
+        raise MapError(f"{old[0]}, …: the lengths are {list(sizes)}, the map says {list(step.sizes)}")
+    return sizes
+
+
+def _cut(step: Split, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[int, ...]:
+    shape = shapes[old[0]]
+    if len(shape) <= step.axis:
+        raise MapError(f"{old[0]}: of shape {list(shape)}, which has no axis {step.axis}")
+    total, count = shape[step.axis], len(step.new)
+    if step.sizes:
+        if sum(step.sizes) != total:
+            raise MapError(f"{old[0]}: {total} long, the map says {' + '.join(map(str, step.sizes))}")
+        return step.sizes
+    if not step.equal and count > 1:
+        raise MapError(
+            f"{old[0]}: how long its {count} parts are depends on the model and is not in the map; give them as sizes"
+        )
+    if total % count:
+        raise MapError(f"{old[0]}: {total} long, which {count} equal parts cannot be")
+    return (total // count,) * count
+
+
+def _others(shape: Shape, axis: int) -> Shape:
+    return shape[:axis] + shape[axis + 1 :]
