@@ -21,7 +21,7 @@ from modernizer.imports import Imports
 from modernizer.model_map import ModelMap, read_model
 from modernizer.model_map.attention import Attention
 from modernizer.project import Project
-from modernizer.removal import Attribute, Removal, files_around
+from modernizer.removal import Attribute, Removal
 from modernizer.rule import Modern, Plan, Refusal, Upgrade
 
 Change = Callable[[Code, Parts, Sequence[tuple[Attention, bool]]], list[Edit]]
@@ -76,8 +76,7 @@ def importers(project: Project, path: Path, frame: Frame) -> list[Path]:
         return []
     word, module = re.compile(rf"\b{owner.name}\b"), re.compile(rf"\b{path.stem}\b")
     found = []
-    for other in files_around(project):
-        text = other.read_text(encoding="utf-8", errors="replace")
+    for other, text in project.texts_around().items():
         if other not in project.named and word.search(text) and module.search(text):
             found.append(other)
     return found

@@ -17,6 +17,7 @@ from modernizer.graph.values import Class, Const, External, Frame, Module, Node,
 from modernizer.model_map.activation import RELU_FAMILY
 from modernizer.model_map.feed_forward import FeedForward
 from modernizer.source import SourceFile
+from modernizer.syntax import every_node
 
 LAYERS = ("torch.nn.TransformerEncoderLayer", "torch.nn.TransformerDecoderLayer")
 STACK = "torch.nn.Transformer"
@@ -86,7 +87,7 @@ def _brings_its_own_layers(stack: Module) -> bool:
 
 def _reached_parts(source: SourceFile) -> Iterator[ast.Attribute]:
     """`layer.linear1` for any layer but `self`, unless it is only to fill a weight."""
-    for node in ast.walk(source.tree):
+    for node in every_node(source.tree):
         if isinstance(node, ast.Attribute) and node.attr in ("linear1", "linear2"):
             parent = source.parents.get(node)
             of_self = isinstance(node.value, ast.Name) and node.value.id == "self"

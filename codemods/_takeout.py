@@ -183,9 +183,10 @@ def _stop_passing(removal: Removal, group: Group) -> bool:
     for frame in removal.graph.machine.frames:
         if frame.function is None or not isinstance(frame.call, ast.Call) or frame.caller is None:
             continue
-        if frame.call in removal.replaced or not removal.knows(frame.call) or removal.is_gone(frame.call):
+        unread = removal.unread_parameters(frame.function.node)
+        if not unread or frame.call in removal.replaced or not removal.knows(frame.call) or removal.is_gone(frame.call):
             continue
-        for name in removal.unread_parameters(frame.function.node):
+        for name in unread:
             handed = frame.arguments.get(name)
             if handed is None or id(handed) not in positions or _is_option(handed):
                 continue

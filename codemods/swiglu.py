@@ -89,7 +89,6 @@ class _Planner:
         self.counted = [f for f in own if f.counts]
         self.legacy = [f for f in self.counted if f.is_legacy]
         self.uses = Uses(self.found)
-        self.references: dict[object, Imports] = {}
 
     def plan(self) -> Plan:
         plan = Plan()
@@ -186,7 +185,7 @@ class _Planner:
     def reference(self, name: str, place: ast.AST, frame: Frame) -> tuple[str, Sequence[Edit]]:
         """The text for a component at a place, and the import it needs."""
         source = frame.scope.source
-        imports = self.references.setdefault(source.path, Imports(source))
+        imports = Imports(source)
         within: ast.AST | None = place
         while within is not None and not isinstance(within, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             within = source.parents.get(within)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from modernizer.edit import AddImport
 from modernizer.source import SourceFile
+from modernizer.syntax import every_node
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -33,11 +34,8 @@ class Imports:
 
     def __init__(self, source: SourceFile) -> None:
         self.source = source
-        self._targets: defaultdict[str, set[str]] = defaultdict(set)  # name: the dotted objects it is bound to
-        self._loaded = set(_LOADED_WITH_TORCH)
-        self._star = ""
-        for statement in source.tree.body:
-            self._read(statement)
+        bound = _bound(source.tree)
+        self._targets, self._loaded, self._star = bound.targets, bound.loaded, bound.star
         self._rebound = _module_names(source.tree)
         self._taken = self._rebound | self._targets.keys() | _global_reads(source.tree)
 
@@ -48,26 +46,6 @@ class Imports:
         if forms:
             return min(forms, key=lambda form: (form.count("."), len(form))), None
         return self._with_import(dotted, hidden | self._taken)
-
-    def _read(self, statement: ast.stmt) -> None:
-        match statement:
-            case ast.Import():
-                for alias in statement.names:
-                    self._loaded.update(_prefixes(alias.name))
-                    if alias.asname:
-                        self._targets[alias.asname].add(alias.name)
-                    else:
-                        root = alias.name.partition(".")[0]
-                        self._targets[root].add(root)
-            case ast.ImportFrom(level=0, module=str(module)):
-                for alias in statement.names:
-                    if alias.name == "*":
-                        self._star = module  # a later one hides an earlier one
-                    else:
-                        self._targets[alias.asname or alias.name].add(f"{module}.{alias.name}")
-            case ast.ImportFrom():
-                for alias in statement.names:
-                    self._targets[alias.asname or alias.name].add("." * statement.level + alias.name)
 
     def _forms(self, dotted: str) -> Iterator[str]:
         """Every way to write `dotted` by the imports that are there."""
@@ -103,6 +81,42 @@ class Imports:
     def _local_names(self, within: Function | None) -> set[str]:
         """The names that mean something local in `within`, in a function in it, or in one around it."""
         return set(_names_around(self.source.tree).get(within, ())) if within is not None else set()
+
+
+class _Bound:
+    """What the import statements at the top level of a file bind."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.targets: defaultdict[str, set[str]] = defaultdict(set)  # name: the dotted objects it is bound to
+        self.loaded = set(_LOADED_WITH_TORCH)
+        self.star = ""
+        for statement in tree.body:
+            self._read(statement)
+
+    def _read(self, statement: ast.stmt) -> None:
+        match statement:
+            case ast.Import():
+                for alias in statement.names:
+                    self.loaded.update(_prefixes(alias.name))
+                    if alias.asname:
+                        self.targets[alias.asname].add(alias.name)
+                    else:
+                        root = alias.name.partition(".")[0]
+                        self.targets[root].add(root)
+            case ast.ImportFrom(level=0, module=str(module)):
+                for alias in statement.names:
+                    if alias.name == "*":
+                        self.star = module  # a later one hides an earlier one
+                    else:
+                        self.targets[alias.asname or alias.name].add(f"{module}.{alias.name}")
+            case ast.ImportFrom():
+                for alias in statement.names:
+                    self.targets[alias.asname or alias.name].add("." * statement.level + alias.name)
+
+
+@functools.lru_cache(maxsize=64)
+def _bound(tree: ast.Module) -> _Bound:
+    return _Bound(tree)
 
 
 def _prefixes(dotted: str) -> list[str]:
@@ -151,7 +165,7 @@ def _names_around(tree: ast.Module) -> Mapping[Function, frozenset[str]]:
 @functools.lru_cache(maxsize=64)
 def _module_names(tree: ast.Module) -> frozenset[str]:
     """The names the module binds otherwise than by imports at its top level."""
-    names = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    names = {name for node in every_node(tree) if isinstance(node, ast.Global) for name in node.names}
     for statement in tree.body:
         if not isinstance(statement, ast.Import | ast.ImportFrom):
             names.update(_bound_by(statement))
@@ -193,4 +207,4 @@ def _global_reads(tree: ast.Module) -> frozenset[str]:
     """The names that are read and bound in no function: they may be builtins or come from a star import."""
     around = _names_around(tree)
     local = frozenset().union(*(names for node, names in around.items() if not isinstance(node, ast.Lambda)))
-    return frozenset({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - local)
+    return frozenset({node.id for node in every_node(tree) if isinstance(node, ast.Name)} - local)

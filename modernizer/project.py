@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ EXTERNAL = frozenset(
 SKIPPED_FOLDERS = frozenset(
     {".git", ".venv", "venv", "__pycache__", "node_modules", "build", "dist", ".eggs", "site-packages"}
 )
+MAX_SCANNED = 2000  # files beside the named ones whose text is looked at
 LEVELS_UP = 8  # how many parent folders may be the root that an absolute import starts from
 
 
@@ -38,6 +40,7 @@ class Project:
         self._texts = dict(texts or {})
         self._files: dict[Path, SourceFile | None] = {}
         self._found: dict[tuple[Path, str], Path | None] = {}
+        self._around: dict[Path, dict[Path, str]] = {}
         for path in self.named:
             self.source(path)
 
@@ -74,10 +77,22 @@ class Project:
         fresh = Project((), {**self._texts, **texts})
         fresh.named = self.named
         fresh._files = {p: f for p, f in self._files.items() if p not in texts}
-        fresh._found = self._found
+        fresh._found, fresh._around = self._found, self._around
         for path in self.named:
             fresh.source(path)
         return fresh
+
+    def texts_around(self) -> Mapping[Path, str]:
+        """The text on disk of the Python files of the package, or else the folder, that the named files are in."""
+        root = min((path.parent for path in self.named), key=lambda folder: len(folder.parts), default=None)
+        while root is not None and (root / "__init__.py").is_file():
+            root = root.parent
+        if root is None:
+            return {}
+        if root not in self._around:
+            files = itertools.islice(python_files(root), MAX_SCANNED)
+            self._around[root] = {file: file.read_text(encoding="utf-8", errors="replace") for file in files}
+        return self._around[root]
 
     def find_module(self, importer: Path, module: str, level: int = 0) -> Path | None:
         """The file that `import module` (or `from ..module import`, with its level) in `importer` refers to."""

@@ -7,22 +7,19 @@ when nothing that stays reads them. What cannot be told apart from something tha
 from __future__ import annotations
 
 import ast
-import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from modernizer.edit import Delete, Edit, Replace
 from modernizer.graph import Graph
 from modernizer.graph.values import Class, Module, Node, Object
-from modernizer.project import Project, python_files
 from modernizer.source import Location
-from modernizer.syntax import mentions, parents
+from modernizer.syntax import mentions, names_below, parents
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-MAX_SCANNED = 2000  # files beside the project that are searched for a name before its definition goes
 # Methods that change their receiver, so that a call of one is more than its value.
 CHANGING = frozenset("append extend insert remove pop update add setdefault clear write".split())
 SIDE_EFFECTS = frozenset("print open input next exec eval setattr".split())
@@ -61,7 +58,7 @@ class Removal:
         self.gone_attributes: list[Attribute] = []
         self._changes = 0
         self._unpacked: dict[ast.Assign, list[tuple[ast.expr, ast.expr]]] = {}  # what is left of `a, b = …`
-        self._parameters: dict[ast.FunctionDef, dict[str, list[ast.Name]]] = {}
+        self._touched: tuple[int, set[ast.AST]] = (-1, set())  # at which change, and what is around all that has gone
 
     # -- what goes
 
@@ -134,7 +131,7 @@ class Removal:
 
     @cached_property
     def _parents(self) -> dict[ast.AST, ast.AST]:
-        return {child: node for tree in self._trees.values() for child, node in parents(tree).items()}
+        return _parents_in(tuple(self._trees.values()))
 
     @cached_property
     def _paths(self) -> dict[ast.AST, Path]:
@@ -185,22 +182,30 @@ class Removal:
 
     def unread_parameters(self, function: ast.AST) -> list[str]:
         """The parameters of a function that were read by what has gone, and are by nothing that stays."""
-        if not isinstance(function, ast.FunctionDef) or not self.knows(function) or self.is_gone(function):
+        if not isinstance(function, ast.FunctionDef) or function not in self._around_gone() or self.is_gone(function):
             return []
-        if function not in self._parameters:
-            names = {a.arg for a in [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]}
-            loads: dict[str, list[ast.Name]] = {name: [] for name in names}
-            for node in ast.walk(function):
-                if isinstance(node, ast.Name) and node.id in loads:
-                    loads[node.id].append(node)
-            self._parameters[function] = loads
+        named = names_below(function)
+        names = {a.arg: named.get(a.arg, []) for a in _parameters(function)}
         return [
             name
-            for name, loads in self._parameters[function].items()
+            for name, loads in names.items()
             if loads
             and all(self.is_gone(n) or self._asks_for_nothing(n) for n in loads)
             and any(self.is_gone(n) for n in loads)
         ]
+
+    def _around_gone(self) -> set[ast.AST]:
+        """Everything that something which has gone is inside of."""
+        change, found = self._touched
+        if change != self._changes:
+            found = set()
+            for node in [*self.dropped, *self.replaced]:
+                for above in self.above(node):
+                    if above in found:
+                        break
+                    found.add(above)
+            self._touched = self._changes, found
+        return found
 
     def _asks_for_nothing(self, node: ast.Name) -> bool:
         """`x if pos is None else x + pos`, of which both sides have become one."""
@@ -255,8 +260,7 @@ class Removal:
         """The function of which a name is a variable (not a parameter alone), None where it is global."""
         for above in self.above(name):
             if isinstance(above, ast.FunctionDef | ast.AsyncFunctionDef):
-                stored = {n.id for n in ast.walk(above) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-                if name.id in stored:
+                if any(isinstance(n.ctx, ast.Store) for n in names_below(above).get(name.id, ())):
                     return above
                 if name.id in {a.arg for a in ast.walk(above.args) if isinstance(a, ast.arg)}:
                     return None
@@ -471,27 +475,17 @@ class Removal:
     def _uses(self, entity: Entity) -> list[ast.AST]:
         """Every place that names an entity."""
         if isinstance(entity, Local):
-            return [n for n in ast.walk(entity.function) if isinstance(n, ast.Name) and n.id == entity.name]
+            return list(names_below(entity.function).get(entity.name, ()))
         found: list[ast.AST] = []
         for tree in self._trees.values():
             named = mentions(tree)
             found += [n for n in named.attributes.get(entity.name, ()) if self._belongs(n, entity)]
-            found += [n for n in named.calls if self._names_attribute(n, entity)]
+            found += [n for n in named.by_key.get(entity.name, ()) if self._names_attribute(n, entity)]
         return found
 
     def _names_attribute(self, node: ast.Call, entity: Attribute) -> bool:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name in ("register_buffer", "register_parameter"):
-            key = node.args[0] if node.args else None
-            return (
-                isinstance(key, ast.Constant)
-                and key.value == entity.name
-                and self._registers(node, entity.name, {entity})
-            )
-        if name in ("getattr", "hasattr", "delattr") and len(node.args) >= 2:
-            key = node.args[1]
-            return isinstance(key, ast.Constant) and key.value == entity.name
-        return False
+        return not name.startswith("register_") or self._registers(node, entity.name, {entity})
 
     # -- what is left over
 
@@ -510,8 +504,9 @@ class Removal:
     def _drop_mentions(self, name: str) -> None:
         """Takes the name of a parameter out of lists such as those without weight decay."""
         for tree in self._trees.values():
-            for node in mentions(tree).strings:
-                if name not in str(node.value).split(".") or self.is_gone(node):
+            strings = mentions(tree).strings
+            for node in [n for text in strings if name in text.split(".") for n in strings[text]]:
+                if self.is_gone(node):
                     continue
                 above = self.parent(node)
                 if isinstance(above, ast.Call) and self._is_listed(above, node):
@@ -551,24 +546,11 @@ class Removal:
         tree = self._trees.get(path)
         if tree is None or path not in self.named:
             return
-        for statement in tree.body:
-            if isinstance(statement, ast.ClassDef | ast.FunctionDef) and statement.name == name:
-                if statement not in self.dropped and not self._is_read(path, name, statement):
-                    self.drop(statement)
-            elif isinstance(statement, ast.Assign) and [getattr(t, "id", "") for t in statement.targets] == [name]:
-                if (
-                    statement not in self.dropped
-                    and is_pure(statement.value)
-                    and not self._is_read(path, name, statement)
-                ):
-                    self.drop(statement)
-            elif isinstance(statement, ast.Import | ast.ImportFrom):
-                for alias in statement.names:
-                    bound = alias.asname or (
-                        alias.name.split(".")[0] if isinstance(statement, ast.Import) else alias.name
-                    )
-                    if bound == name and alias not in self.dropped and not self._is_read(path, name, statement):
-                        self.drop(alias)
+        for binding in mentions(tree).bindings.get(name, ()):
+            if binding in self.dropped or (isinstance(binding, ast.Assign) and not is_pure(binding.value)):
+                continue
+            if not self._is_read(path, name, self.statement(binding)):
+                self.drop(binding)
 
     def _is_read(self, path: Path, name: str, definition: ast.stmt) -> bool:
         """Whether anything that stays names a global of a file: in the file, or by importing it from there."""
@@ -578,7 +560,7 @@ class Removal:
         loads = [n for n in named.names.get(name, ()) if isinstance(n.ctx, ast.Load)]
         if any(not self.is_gone(n) and not self._inside(n, definition) for n in loads):
             return True
-        if any(n.value == name and not self.is_gone(n) for n in named.strings):  # `__all__`
+        if any(not self.is_gone(n) for n in named.strings.get(name, ())):  # `__all__`
             return True
         return self._is_imported(path, name) or self._is_named_elsewhere(path, name)
 
@@ -597,15 +579,11 @@ class Removal:
         """Whether a file that was not read both names something and names the file it is in."""
         word, module = re.compile(rf"\b{re.escape(name)}\b"), re.compile(rf"\b{re.escape(path.stem)}\b")
         return any(
-            word.search(text) and (module.search(text) or path.name == "__init__.py") for text in self._unread_texts
+            word.search(text) and (module.search(text) or path.name == "__init__.py") for text in self._unread_texts()
         )
 
-    @cached_property
-    def _unread_texts(self) -> list[str]:
-        return [
-            path.read_text(encoding="utf-8", errors="replace")
-            for path in files_around(self.project) if path not in self._trees
-        ]  # fmt: skip
+    def _unread_texts(self) -> Iterator[str]:
+        return (text for path, text in self.project.texts_around().items() if path not in self._trees)
 
     def _methods_read_by_gone(self) -> set[str]:
         return {
@@ -616,7 +594,7 @@ class Removal:
 
     def _drop_method(self, name: str) -> None:
         """A method that no file names any more."""
-        if any(re.search(rf"\b{re.escape(name)}\b", text) for text in self._unread_texts):
+        if any(re.search(rf"\b{re.escape(name)}\b", text) for text in self._unread_texts()):
             return
         definitions: list[ast.FunctionDef] = []
         for path, tree in self._trees.items():
@@ -625,7 +603,7 @@ class Removal:
             if found and path not in self.named:
                 return
             definitions += found
-            if any(n.value == name and not self.is_gone(n) for n in named.strings):
+            if any(not self.is_gone(n) for n in named.strings.get(name, ())):
                 return
         for tree in self._trees.values():
             for node in mentions(tree).attributes.get(name, ()):
@@ -635,16 +613,18 @@ class Removal:
             self.drop(definitions[0])
 
 
+@lru_cache(maxsize=8)  # every upgrade of a program is planned on the same trees
+def _parents_in(trees: tuple[ast.Module, ...]) -> dict[ast.AST, ast.AST]:
+    return {child: node for tree in trees for child, node in parents(tree).items()}
+
+
+def _parameters(function: ast.FunctionDef) -> list[ast.arg]:
+    """The parameters that are handed in by name or place, `*args` and `**kwargs` left out."""
+    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+
+
 def _last_name(node: ast.Name | ast.Attribute) -> str:
     return node.id if isinstance(node, ast.Name) else node.attr
-
-
-def files_around(project: Project) -> list[Path]:
-    """The Python files of the package, or else the folder, that the named files are in."""
-    root = min((path.parent for path in project.named), key=lambda folder: len(folder.parts), default=None)
-    while root is not None and (root / "__init__.py").is_file():
-        root = root.parent
-    return list(itertools.islice(python_files(root), MAX_SCANNED)) if root is not None else []
 
 
 def _outside(node: ast.AST, holes: set[ast.expr]) -> Iterator[ast.AST]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from modernizer.syntax import parents
+
 _NEWLINE = re.compile(r"\r\n?|\n")
 
 
@@ -98,7 +100,7 @@ class SourceFile:
     @cached_property
     def parents(self) -> dict[ast.AST, ast.AST]:
         """The syntax node that each one lies in directly."""
-        return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        return parents(self.tree)
 
     @cached_property
     def _line_starts(self) -> list[int]:

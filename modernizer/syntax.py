@@ -17,35 +17,77 @@ def parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
     return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
 
 
+def every_node(tree: ast.Module) -> Iterator[ast.AST]:
+    """As `ast.walk`, without looking for the nodes again."""
+    yield tree
+    yield from parents(tree)
+
+
 class Mentions:
     """Where a tree names things: its names, attributes and strings by their text, and its imports."""
 
     def __init__(self, tree: ast.Module) -> None:
         self.names: dict[str, list[ast.Name]] = defaultdict(list)
         self.attributes: dict[str, list[ast.Attribute]] = defaultdict(list)
-        self.strings: list[ast.Constant] = []
-        self.calls: list[ast.Call] = []
+        self.strings: dict[str, list[ast.Constant]] = defaultdict(list)
+        self.by_key: dict[str, list[ast.Call]] = defaultdict(list)  # getattr(x, "key"), x.register_buffer("key", …)
         self.methods: dict[str, list[ast.FunctionDef]] = defaultdict(list)
         self.imports: list[ast.ImportFrom] = []
-        for node in ast.walk(tree):
+        self.bindings: dict[str, list[ast.stmt | ast.alias]] = defaultdict(list)  # what gives a global its value
+        for node in every_node(tree):
             if isinstance(node, ast.Name):
                 self.names[node.id].append(node)
             elif isinstance(node, ast.Attribute):
                 self.attributes[node.attr].append(node)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                self.strings.append(node)
+                self.strings[node.value].append(node)
             elif isinstance(node, ast.Call):
-                self.calls.append(node)
+                if (key := _key(node)) is not None:
+                    self.by_key[key].append(node)
             elif isinstance(node, ast.FunctionDef):
                 self.methods[node.name].append(node)
             elif isinstance(node, ast.ImportFrom):
                 self.imports.append(node)
+        for statement in tree.body:
+            for name, binding in _bindings(statement):
+                self.bindings[name].append(binding)
+
+
+def _key(call: ast.Call) -> str | None:
+    """The attribute that a call names by a string."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    place = {"register_buffer": 0, "register_parameter": 0, "getattr": 1, "hasattr": 1, "delattr": 1}.get(name)
+    key = call.args[place] if place is not None and len(call.args) > place else None
+    return key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None
+
+
+def _bindings(statement: ast.stmt) -> Iterator[tuple[str, ast.stmt | ast.alias]]:
+    """The names that a statement at the top level binds alone, with what would have to go if they went."""
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+        yield statement.name, statement
+    elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        if isinstance(statement.targets[0], ast.Name):
+            yield statement.targets[0].id, statement
+    elif isinstance(statement, ast.Import | ast.ImportFrom):
+        for alias in statement.names:
+            root = alias.name.partition(".")[0] if isinstance(statement, ast.Import) else alias.name
+            yield alias.asname or root, alias
 
 
 @lru_cache(maxsize=256)
 def mentions(tree: ast.Module) -> Mentions:
     """What a tree names, collected once."""
     return Mentions(tree)
+
+
+@lru_cache(maxsize=4096)  # asked again for every site of a program
+def names_below(node: ast.AST) -> dict[str, list[ast.Name]]:
+    """Where each name stands below a node, in the order of `ast.walk`."""
+    found: dict[str, list[ast.Name]] = defaultdict(list)
+    for below in ast.walk(node):
+        if isinstance(below, ast.Name):
+            found[below.id].append(below)
+    return dict(found)
 
 
 def outward(tree: ast.Module, node: ast.AST) -> Iterator[ast.AST]:

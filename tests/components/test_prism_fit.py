@@ -205,7 +205,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     workers = [
         subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py", str(rank), tmp_path], stderr=subprocess.PIPE, text=True
+            [sys.executable, tmp_path / "worker.py", str(rank), tmp_path], stderr=subprocess.PIPE, text=True, env=here
         )
         for rank in range(2)
     ]
