@@ -52,6 +52,10 @@ def plan(model: ModelMap, kind: Kind) -> Plan:
 
 def survey_with_users(model: ModelMap) -> Survey:
     """The survey of a program; where it holds parts that only files beside it put together, of these too."""
+    return model.derived(_survey_with_users)  # both rules, and the reviews of what they made, ask for it
+
+
+def _survey_with_users(model: ModelMap) -> Survey:
     survey = Survey(model)
     loose = [p for site in survey.positions for p in site.contexts if survey.is_loose(p)]
     if not loose or not survey.attentions:

@@ -557,8 +557,7 @@ class Removal:
         if path.name == "__init__.py" and not isinstance(definition, ast.ClassDef | ast.FunctionDef):
             return True
         named = mentions(self._trees[path])
-        loads = [n for n in named.names.get(name, ()) if isinstance(n.ctx, ast.Load)]
-        if any(not self.is_gone(n) and not self._inside(n, definition) for n in loads):
+        if any(not self.is_gone(n) and not self._inside(n, definition) for n in named.loads.get(name, ())):
             return True
         if any(not self.is_gone(n) for n in named.strings.get(name, ())):  # `__all__`
             return True

@@ -24,10 +24,10 @@ def every_node(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 class Mentions:
-    """Where a tree names things: its names, attributes and strings by their text, and its imports."""
+    """Where a tree names things: the names it reads, attributes and strings by their text, and its imports."""
 
     def __init__(self, tree: ast.Module) -> None:
-        self.names: dict[str, list[ast.Name]] = defaultdict(list)
+        self.loads: dict[str, list[ast.Name]] = defaultdict(list)
         self.attributes: dict[str, list[ast.Attribute]] = defaultdict(list)
         self.strings: dict[str, list[ast.Constant]] = defaultdict(list)
         self.by_key: dict[str, list[ast.Call]] = defaultdict(list)  # getattr(x, "key"), x.register_buffer("key", …)
@@ -36,7 +36,8 @@ class Mentions:
         self.bindings: dict[str, list[ast.stmt | ast.alias]] = defaultdict(list)  # what gives a global its value
         for node in every_node(tree):
             if isinstance(node, ast.Name):
-                self.names[node.id].append(node)
+                if isinstance(node.ctx, ast.Load):
+                    self.loads[node.id].append(node)
             elif isinstance(node, ast.Attribute):
                 self.attributes[node.attr].append(node)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modernizer.graph import Graph, execute
 from modernizer.project import Project
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from modernizer.model_map.position import PositionSite
     from modernizer.model_map.residual import Residuals
     from modernizer.model_map.stack import Stacks
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class ModelMap:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self._derived: dict[Callable[[ModelMap], Any], Any] = {}
+
+    def derived(self, make: Callable[[ModelMap], T]) -> T:
+        """What rules work out from the map for themselves, computed once for all who ask."""
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        found: T = self._derived[make]
+        return found
 
     @property
     def project(self) -> Project:
