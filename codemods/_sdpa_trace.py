@@ -6,7 +6,7 @@ The result is a list of events: what each step does, in the words of the code, w
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -405,6 +405,10 @@ class Trace:
         if yes is None and no is None:
             return None
         if yes is None or no is None:
+            kept = node.body if no is None else node.orelse
+            if isinstance(kept, ast.Name) and _is_copy_or_none(statement, node, kept, self.tracked):
+                self.consumed.discard(kept)
+                return None  # a copy for whoever asks, which never reaches the value
             raise Decline(f"only one side of the choice at line {node.lineno} is scores")
         self._scan(node.test)
         return self._joined({"": yes}, {"": no})[""]
@@ -647,3 +651,17 @@ class Trace:
             if not (isinstance(parent, ast.Attribute) and parent.attr in ("size", "shape", "dim", "dtype", "ndim")):
                 return False
         return bool(reads)
+
+
+def _is_copy_or_none(statement: ast.stmt, choice: ast.IfExp, kept: ast.Name, tracked: Container[str]) -> bool:
+    """Whether a statement is `shown = weights if flag else None`, under a name that holds no scores itself."""
+    other = choice.orelse if kept is choice.body else choice.body
+    target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+    return (
+        isinstance(statement, ast.Assign)
+        and statement.value is choice
+        and isinstance(target, ast.Name)
+        and target.id not in tracked
+        and isinstance(other, ast.Constant)
+        and other.value is None
+    )

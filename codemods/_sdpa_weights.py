@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from codemods._sdpa_events import Decline, entered, stable_test
 from codemods._sdpa_trace import Trace
 from modernizer.edit import AddArgument, AddParameter, Edit, Insert, Replace
+from modernizer.graph.truth import truth_of
 from modernizer.graph.values import Frame, Value
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
@@ -40,6 +41,15 @@ class Demand:
     @property
     def keeps_original(self) -> bool:
         return bool(self.condition)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A test around a read of the weights, and the side of it on which the read stands."""
+
+    condition: str
+    test: ast.expr
+    side: bool
 
 
 def demand_for(model: ModelMap, trace: Trace, contexts: Sequence[Attention]) -> Demand:
@@ -100,6 +110,7 @@ class _Analysis:
         self.flags: dict[ast.ClassDef, str] = {}
         self.attributes: list[str] = []
         self.parameter = ""
+        self.guards: list[Guard] = []
         self.through: set[ast.Call] = set()  # calls in wrappers that hand their keywords on
         self.wrapped: list[ast.stmt] = []  # further statements that compute something of the weights
 
@@ -122,7 +133,11 @@ class _Analysis:
             conditions = [self.parameter if c == "#" else c for c in conditions]
         if ALWAYS in conditions or not conditions:
             raise Decline("the weights are read on every path")
-        if all(self._by_default(context.frame, conditions) for context in self.contexts):
+        self.guards += [Guard(condition, branch.test, True) for branch, condition in self.trace.escapes]
+        open_ways = [c.frame for c in self.contexts if not self._surely_guarded(c.frame)]
+        if not open_ways:
+            raise Decline("every call takes a branch that reads the scores or weights for something else")
+        if all(self._by_default(frame, conditions) for frame in open_ways):
             raise Decline(
                 "the weights are returned to whoever calls the model",
                 "add an argument that says whether they are wanted, false by default",
@@ -133,6 +148,14 @@ class _Analysis:
         made.notes += self._notes()
         return made
 
+    def _surely_guarded(self, frame: Frame) -> bool:
+        """Whether the code itself decides that a call takes a branch in which the weights are read."""
+        return any(
+            there is frame and truth_of(value) is guard.side
+            for guard in self.guards
+            for there, value in self.machine.at.get(guard.test, ())
+        )
+
     # -- in the function itself
 
     def _read(self, read: ast.Name, made: Demand) -> list[str]:
@@ -140,12 +163,17 @@ class _Analysis:
         assert isinstance(function, ast.FunctionDef)
         statement = statement_of(source.tree, read)
         inside = self._region_statement(statement)
-        guard = _guard(source, function, read)
-        if guard is not None:
+        found = _guarding(source, function, read)
+        if found is not None:
+            self.guards.append(found)
+            guard = found.condition
             if inside is not None and inside is not self.trace.region[-1]:
-                if not isinstance(inside, ast.If) or inside.orelse:
+                if isinstance(inside, ast.Assign) and isinstance(inside.value, ast.IfExp):
+                    made.dropped[inside] = [f"{ast.unparse(inside.targets[0])} = None"]
+                elif not isinstance(inside, ast.If) or inside.orelse:
                     raise Decline(f"weights are read at line {read.lineno} between the two products")
-                made.dropped[inside] = []
+                else:
+                    made.dropped[inside] = []
             return [guard]
         if isinstance(statement, ast.Return):
             self._return(function, source, read, statement)
@@ -170,9 +198,9 @@ class _Analysis:
         """`self.weights = weights` between the two products."""
         source, function = self.trace.source, self.trace.function
         assert isinstance(function, ast.FunctionDef)
-        guard = _guard(source, function, statement)
+        found = _guarding(source, function, statement)
         inside = self._region_statement(statement)
-        if guard is None:
+        if found is None:
             return self._flag(attribute, source, self.contexts[0].frame)
         if (
             not isinstance(inside, ast.If)
@@ -181,7 +209,8 @@ class _Analysis:
         ):
             raise Decline(f"weights are stored at line {statement.lineno} between the two products")
         made.dropped[inside] = []
-        return guard
+        self.guards.append(found)
+        return found.condition
 
     def _other_side(self, branch: ast.If) -> list[str]:
         """What runs where the branch's test is false."""
@@ -559,8 +588,14 @@ def _collected_in(source: SourceFile, statement: ast.stmt, read: ast.AST) -> str
 
 def _guard(source: SourceFile, function: ast.FunctionDef, read: ast.AST) -> str | None:
     """The condition under which a read happens, if it is known before and stays the same: `return_weights`."""
+    found = _guarding(source, function, read)
+    return found.condition if found is not None else None
+
+
+def _guarding(source: SourceFile, function: ast.FunctionDef, read: ast.AST) -> Guard | None:
+    """The outermost test around a read that is known before and stays the same."""
     inner: ast.AST = read
-    found: str | None = None
+    found: Guard | None = None
     for node in outward(source.tree, read):
         if node is function:
             break
@@ -568,7 +603,8 @@ def _guard(source: SourceFile, function: ast.FunctionDef, read: ast.AST) -> str 
             body = node.body if isinstance(node.body, list) else [node.body]
             text = stable_test(source, function, node.test)
             if text is not None:
-                found = text if inner in body else f"not {_wrapped(node.test, text)}"
+                side = inner in body
+                found = Guard(text if side else f"not {_wrapped(node.test, text)}", node.test, side)
         inner = node
     return found
 

@@ -498,6 +498,9 @@ def layered(
     return HEADER + code
 
 
+SOFTMAX = "weights = self.drop(F.softmax(weights, dim=-1))"
+CHOSEN = "weights = F.softmax(weights, dim=-1)\n        shown = weights if flag else None\n        weights = self.drop(weights)"
+
 WEIGHTS = {
     "dropped by the caller": layered("return out, weights", "y, _ = self.attention(x, memory, mask)\nreturn x + y"),
     "never taken": layered("return out, weights", "return x + self.attention(x, memory, mask)[0]"),
@@ -514,6 +517,9 @@ WEIGHTS = {
     "kept by the caller": layered(
         "return out, weights", "y, self.seen = self.attention(x, memory, mask)\nreturn x + y"
     ),
+    "chosen by a flag between the products": layered(
+        "return out, shown", "y, _ = self.attention(x, memory, mask)\nreturn x + y"
+    ).replace(SOFTMAX, CHOSEN),
     "their mean returned": layered(
         "mean = weights.mean(1)\nreturn out, mean", "y, _ = self.attention(x, memory, mask)\nreturn x + y"
     ),
@@ -575,6 +581,18 @@ def test_weights_that_a_flag_asks_for_are_the_same(tmp_path: Path, monkeypatch: 
     torch.testing.assert_close([out, *kept], [old_out, *old_kept], rtol=0, atol=0)
 
 
+def test_weights_chosen_between_the_products_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = WEIGHTS["chosen by a flag between the products"]
+    new, _ = run_rule(tmp_path, old)
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    for flag in (False, True):
+        before, after = (calls(code, monkeypatch)[2].layers[0].attention(x, x, flag=flag) for code in (old, new))
+        assert (after[1] is None) == (not flag)
+        torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-12)
+        if flag:
+            torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["dropped by the caller", "never taken", "asked for by a flag", "a name for both"])
 def test_a_direct_call_gives_what_it_gave(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     new, _ = run_rule(tmp_path, WEIGHTS[name])
@@ -607,6 +625,15 @@ WANTED = {
         "return x, kept",
     ),
     "read from the module": layered("self.seen = weights\nreturn out", end="return x + self.layers[0].attention.seen.sum()"),
+    "a flag that is always set": layered(
+        "if self.width is not None:\n    out = out + weights.mean()\nreturn out"
+    ),
+    "a flag that every caller sets": layered(
+        "return out, shown", "y, w = self.attention(x, memory, mask, flag=True)\nreturn x + y * w.mean()"
+    ).replace(SOFTMAX, CHOSEN),
+    "a choice between the weights and others": layered(
+        "return out", "return x + self.attention(x, memory, mask, flag=True)"
+    ).replace(SOFTMAX, CHOSEN.replace("shown = weights if flag else None", "weights = weights if flag else mask")),
     "a loss of them": layered("self.loss = (weights * weights.log()).sum()\nreturn out"),
     "in a dict": layered(
         "return {'out': out, 'weights': weights}", "return x + self.attention(x, memory, mask)['out']"
