@@ -14,6 +14,7 @@ from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Function, Module, Node, Value
 from modernizer.model_map.attention import Attention, Operand
 from modernizer.removal import Removal
+from modernizer.syntax import names_below
 
 SCALAR_OPS = frozenset(
     "config dim shape sqrt pow rsqrt mul div add sub neg floordiv float int getitem attr number".split()
@@ -74,10 +75,7 @@ class Code:
         return self.tree.statement(node)
 
     def loads(self, function: Function, name: str) -> list[ast.Name]:
-        return [
-            n for n in ast.walk(function.node)
-            if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)
-        ]  # fmt: skip
+        return [n for n in names_below(function.node).get(name, ()) if isinstance(n.ctx, ast.Load)]
 
     def is_shape_read(self, node: ast.Name) -> bool:
         """Whether only the size, type or device of a tensor is asked for, or whether it is None."""

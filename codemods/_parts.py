@@ -12,6 +12,7 @@ from modernizer.edit import AddArgument, AddParameter, Edit, Insert
 from modernizer.graph.query import class_of, origin
 from modernizer.graph.values import Class, External, Module
 from modernizer.imports import Imports
+from modernizer.syntax import below
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Parts:
     def _free_name(self, owner: Class, modules: Sequence[Module]) -> str:
         taken = {name for m in modules for name in m.attributes}
         taken |= {name for c in owner.mro if isinstance(c, Class) for name in c.members}
-        taken |= {n.attr for n in ast.walk(owner.node) if isinstance(n, ast.Attribute)}
+        taken |= {n.attr for n in below(owner.node) if isinstance(n, ast.Attribute)}
         names = (self.attribute, f"{self.attribute}_embedding", *(f"{self.attribute}_{i}" for i in range(2, 99)))
         return next(name for name in names if name not in taken)
 

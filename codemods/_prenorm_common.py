@@ -9,7 +9,7 @@ from modernizer.graph.machine import Machine
 from modernizer.graph.query import location
 from modernizer.graph.values import Class, Frame, Function, Value
 from modernizer.source import Location
-from modernizer.syntax import names_in
+from modernizer.syntax import below, names_in
 
 
 class Impossible(Exception):
@@ -58,7 +58,7 @@ def quoted(code: str, node: ast.expr, first: int = 0) -> tuple[str, tuple[ast.ex
 
 def stores(function: ast.AST, name: str) -> Iterator[ast.Name]:
     """The places where a name is bound below a node."""
-    for node in ast.walk(function):
+    for node in below(function):
         if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store):
             yield node
 

@@ -15,7 +15,7 @@ from modernizer.graph.values import Class, Frame, Many, Module, Node, Package, V
 from modernizer.imports import Imports
 from modernizer.model_map.residual import Residual
 from modernizer.model_map.stack import LOOP, SEQUENTIAL, Stack
-from modernizer.syntax import loops_around, statement_of
+from modernizer.syntax import below, loops_around, statement_of
 
 NAME = "_the_final_norm_"  # stands for the name of the final norm until that is chosen
 # Arguments of torch's layers that its norms get: what a LayerNorm calls them, and their place.
@@ -320,7 +320,7 @@ def _building_statement(init: ast.FunctionDef, attribute: str, own: str) -> ast.
     """The statement of a constructor that last builds an attribute; its last one where none does."""
     found: ast.stmt | None = None
     for statement in init.body:
-        for node in ast.walk(statement):
+        for node in below(statement):
             is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own
             if is_own and isinstance(node, ast.Attribute) and node.attr == attribute:
                 filled = any(
@@ -328,7 +328,7 @@ def _building_statement(init: ast.FunctionDef, attribute: str, own: str) -> ast.
                     and isinstance(c.func, ast.Attribute)
                     and c.func.value is node
                     and c.func.attr in ("append", "extend", "insert", "add_module")
-                    for c in ast.walk(statement)
+                    for c in below(statement)
                 )
                 if isinstance(node.ctx, ast.Store) or filled:
                     found = statement
@@ -465,7 +465,7 @@ def free_attribute(exits: Sequence[Exit], wanted: str) -> str:
         for base in exit_.owner.cls.mro:
             if isinstance(base, Class):
                 used |= set(base.members)
-                used |= {n.attr for n in ast.walk(base.node) if isinstance(n, ast.Attribute)}
+                used |= {n.attr for n in below(base.node) if isinstance(n, ast.Attribute)}
         used |= set(exit_.owner.attributes)
     name, number = wanted, 2
     while name in used:

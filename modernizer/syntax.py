@@ -82,12 +82,18 @@ def mentions(tree: ast.Module) -> Mentions:
 
 
 @lru_cache(maxsize=4096)  # asked again for every site of a program
+def below(node: ast.AST) -> tuple[ast.AST, ...]:
+    """As `ast.walk`, for functions and classes that are looked through again and again."""
+    return tuple(ast.walk(node))
+
+
+@lru_cache(maxsize=4096)
 def names_below(node: ast.AST) -> dict[str, list[ast.Name]]:
     """Where each name stands below a node, in the order of `ast.walk`."""
     found: dict[str, list[ast.Name]] = defaultdict(list)
-    for below in ast.walk(node):
-        if isinstance(below, ast.Name):
-            found[below.id].append(below)
+    for part in below(node):
+        if isinstance(part, ast.Name):
+            found[part.id].append(part)
     return dict(found)
 
 
@@ -133,8 +139,7 @@ def function_of(tree: ast.Module, node: ast.AST) -> Function | None:
 
 def names_in(node: ast.AST) -> set[str]:
     """Every name that is read, bound or a parameter somewhere below a node."""
-    found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return found | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    return set(names_below(node)) | {n.arg for n in below(node) if isinstance(n, ast.arg)}
 
 
 def free_name(wanted: str, taken: set[str]) -> str:
