@@ -665,7 +665,10 @@ def _origins(value: Value, facts: _Facts) -> tuple[list[Node], list[Value]]:
             source = _source_of(read, facts)
             sources[id(source)] = source
         elif node.op == "merge" or node.op in _CARRIES or node.op == "add":
-            todo.extend(n for n in inputs(node) if n.op not in ("slice", *SHAPES) and facts.has_content(n))
+            parts = [n for n in inputs(node) if n.op not in ("slice", *SHAPES) and facts.has_content(n)]
+            if node.op in ("mul", "div") and any(facts.is_projected(n) for n in parts):
+                parts = [n for n in parts if facts.is_projected(n)]  # the others are scales, masks and gates
+            todo.extend(parts)
         elif node.op in VIEWS or node.op in NORMS or node.op == "opaque":
             todo.extend(list(inputs(node))[:1] if node.op != "opaque" else inputs(node))
         else:

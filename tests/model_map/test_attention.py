@@ -79,6 +79,23 @@ def test_query_and_memory_are_cross_attention(tmp_path: Path) -> None:
     assert site.contexts[0].softmax_axis == -1
 
 
+@pytest.mark.parametrize("scale", ["self.width ** -0.25", "scale", "torch.sigmoid(self.gain)"])
+@pytest.mark.parametrize("form", ["q, k = q * scale, k * scale", "q, k = q / scale, scale * k"])
+def test_a_factor_that_query_and_key_share_is_no_common_source(tmp_path: Path, scale: str, form: str) -> None:
+    """The kind is told by the data that are projected."""
+    body = f"""
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(OTHER)), self.split(self.to_v(OTHER))
+        scale = {scale}
+        {form}
+        return F.softmax(q @ k.transpose(-2, -1), dim=-1) @ v
+        """
+    [cross] = attention(tmp_path, body.replace("OTHER", "memory"), "x, memory, scale=1.0")
+    [own] = attention(tmp_path, body.replace("OTHER", "x"), "x, memory, scale=1.0")
+    assert [c.kind for c in (*cross.contexts, *own.contexts)] == ["cross", "self"]
+    assert cross.contexts[0].query_source is not cross.contexts[0].key_source
+    assert own.contexts[0].query_source is own.contexts[0].key_source
+
+
 def test_einsum_letters_say_which_axis_is_time(tmp_path: Path) -> None:
     [site] = attention(
         tmp_path,
