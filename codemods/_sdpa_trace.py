@@ -35,6 +35,9 @@ from modernizer.graph.values import Const, External, Node, Value
 from modernizer.source import SourceFile
 from modernizer.syntax import block_of, function_of, parents, statement_of
 
+# Methods that make a tensor of another's type, whatever it holds.
+NEW_LIKE = frozenset({"new_tensor", "new_zeros", "new_ones", "new_full", "new_empty"})
+
 
 class Trace:
     """The events from the score product to the value product of one function."""
@@ -636,6 +639,8 @@ class Trace:
             return None
         outer = above.get(parent)
         if parent.attr in ("dtype", "device"):
+            return name, "like", None
+        if parent.attr in NEW_LIKE and isinstance(outer, ast.Call) and outer.func is parent:
             return name, "like", None
         if parent.attr == "size" and isinstance(outer, ast.Call) and len(outer.args) == 1:
             return outer, "size", outer.args[0]

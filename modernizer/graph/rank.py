@@ -74,8 +74,14 @@ def is_number(value: Value, depth: int = 0) -> bool:
     if value.op == "attr" and value.args and isinstance(value.args[0], Node):
         return is_number(value.args[0], depth + 1) and value.args[0].op in ("config", "attr")
     if value.op in ("getitem", "item", "iter") and isinstance(value.args[0], Node):  # `config.heads[i]`
-        return value.args[0].op in ("config", "attr") and is_number(value.args[0], depth + 1)
+        within = ("config", "attr", "getitem") if _has_text_key(value) else ("config", "attr")
+        return value.args[0].op in within and is_number(value.args[0], depth + 1)
     return value.op in _ARITHMETIC and bool(value.args) and all(is_number(a, depth + 1) for a in value.args)
+
+
+def _has_text_key(value: Node) -> bool:
+    """Whether a value is `options["width"]`: a mapping's item, of however many mappings within each other."""
+    return len(value.args) > 1 and isinstance(value.args[1], Const) and isinstance(value.args[1].value, str)
 
 
 def _is_factory_argument(value: Node) -> bool:

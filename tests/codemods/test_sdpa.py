@@ -333,6 +333,10 @@ FORMS = {
         """,
         [CAUSAL],
     ),
+    "made like the scores": (
+        "s = q @ k.mT * self.scale\ns += (mask == 0).type_as(s) * s.new_tensor(-1e4)\nreturn self.merge(s.softmax(-1) @ v)",
+        [CAUSAL, PADDING],
+    ),
     "expand_as": (
         "s = q @ k.mT * self.scale\ns = s.masked_fill((mask == 0).expand_as(s), -1e9)\nreturn self.merge(s.softmax(-1) @ v)",
         [CAUSAL, PADDING],
@@ -437,6 +441,35 @@ def test_fixture_is_rewritten_exactly_or_left_alone(tmp_path: Path, fixture: Pro
     assert {site.status for site in report.sites} <= {Status.DONE, Status.MODERN}
     assert Status.DONE in {site.status for site in report.sites}
     torch.testing.assert_close(fixture_output(copy), fixture_output(fixture), rtol=0, atol=1e-12)
+
+
+OPTIONS = """
+class Attention(nn.Module):
+    def __init__(self, temperature):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, x):
+        return F.softmax(torch.bmm(x, x.transpose(1, 2)) / self.temperature, dim=2) @ x
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(np.power(config["attention"]["width"] // config["attention"]["heads"], 0.5))
+
+    def forward(self, x):
+        return self.attention(x)
+"""
+
+
+def test_an_option_within_options_is_a_number(tmp_path: Path) -> None:
+    old = HEADER + OPTIONS
+    new, report = run_rule(tmp_path, old)
+    assert is_upgraded(new), [s.message for s in report.sites]
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    before, after = (load(code)["Model"]({"attention": {"width": 12, "heads": 3}})(x) for code in (old, new))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
 
 
 LAYER = """
