@@ -55,6 +55,16 @@ def range_(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: d
     return Many([Const(first + i) for i in range(UNKNOWN_REPEATS)], "list", True, node)
 
 
+@handles("torch.nn._get_activation_fn")
+def torchs_activation(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: dict[str, Value]) -> Value:
+    """The function that torch's layers make of `relu` or `gelu`; it raises for every other name."""
+    given = args[0] if args else kwargs.get("activation")
+    options = [External(f"torch.nn.functional.{name}") for name in ("relu", "gelu")]
+    if isinstance(given, Const):
+        options = [o for o in options if o.dotted.endswith(f".{given.value}")]
+    return m.merge(options, node, frame) if options else m.node("opaque", args, node, frame, kwargs)
+
+
 @handles("builtins.len")
 def len_(m: Machine, frame: Frame, node: ast.AST, args: list[Value], kwargs: dict[str, Value]) -> Value:
     many = containers.as_many(m, frame, args[0], node) if args else None

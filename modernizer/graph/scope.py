@@ -22,7 +22,7 @@ DROP_INS = frozenset({"TransformerEncoderLayer", "TransformerDecoderLayer", "Tra
 def canonical(dotted: str) -> str:
     """One name for an object of torch, whichever of its modules it was imported from."""
     parts = dotted.split(".")
-    if parts[:3] == ["torch", "nn", "modules"] and len(parts) > 4:
+    if parts[:3] == ["torch", "nn", "modules"] and (len(parts) > 4 or parts[-1][:1].isupper()):
         return "torch.nn." + parts[-1]
     if parts[:3] == ["torch", "nn", "parameter"]:
         return "torch.nn." + parts[-1]
