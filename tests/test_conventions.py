@@ -25,7 +25,13 @@ COMPONENTS = [path for path in FILES if path.is_relative_to("modernizer/componen
 VERIFY = [path for path in FILES if path.is_relative_to("modernizer/verify")]  # partly a child process of its own
 CODEMODS = [path for path in FILES if path.is_relative_to("codemods")]
 ENGINE = [path for path in FILES if path not in COMPONENTS + VERIFY]
-OPTIONAL = {"safetensors", "transformers"}  # what components may import in a function that needs it
+OPTIONAL = {
+    "safetensors",
+    "transformers",
+    "lightning",
+    "pytorch_lightning",
+    "yaml",
+}  # what components may import in a function that needs it
 RULES = list(all_rules().values())
 BLOCK = re.compile(r"^```python (before|after|modern|refused)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -11,7 +11,9 @@ from modernizer.components.kv_cache import KVCache, StaticKVCache
 from modernizer.components.masked_attention import masked_attention
 from modernizer.components.multihead_attention import MultiheadAttention
 from modernizer.components.prism import PrismAdapter
+from modernizer.components.prismatic import Prismatic, PrismaticSettings, prismatic_loss, prismatic_metrics
 from modernizer.components.rotary import RotaryEmbedding, apply_rotary
+from modernizer.components.self_attention import SelfAttention
 from modernizer.components.swiglu import GatedSiLU, SwiGLU, swiglu, swiglu_hidden
 from modernizer.components.transformer import Transformer
 from modernizer.components.transformer_decoder_layer import TransformerDecoderLayer
@@ -24,8 +26,11 @@ __all__ = [
     "KVCache",
     "MultiheadAttention",
     "PrismAdapter",
+    "Prismatic",
+    "PrismaticSettings",
     "PureRelay",
     "RotaryEmbedding",
+    "SelfAttention",
     "StaticKVCache",
     "SwiGLU",
     "Transformer",
@@ -34,6 +39,8 @@ __all__ = [
     "alibi_slopes",
     "apply_rotary",
     "masked_attention",
+    "prismatic_loss",
+    "prismatic_metrics",
     "swiglu",
     "swiglu_hidden",
 ]

@@ -1,0 +1,306 @@
+"""Prismatic: one layer made of N experts, mixed for every input by a router that reports what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modernizer.components.prismatic.experts import (
+    LowRankExperts,
+    Routing,
+    StackedExperts,
+    expert_layers,
+    linear_layers,
+)
+from modernizer.components.prismatic.gradient_phases import gradient_dynamics, modify_expert_gradients
+from modernizer.components.prismatic.metrics import balance_loss, routing_metrics, routing_statistics
+from modernizer.components.prismatic.mixers import architecture_shares, hard_gate, mix_outputs
+from modernizer.components.prismatic.router import Router
+from modernizer.components.prismatic.settings import PrismaticSettings
+
+__all__ = ["Prismatic", "decoding", "prismatic_loss", "prismatic_metrics"]
+
+
+class Prismatic(nn.Module):
+    """N experts of one attention (or other) module, mixed for every position by a router.
+
+    The linear layers of ``expert`` become layers of N experts; its other parameters are shared. Expert i computes the
+    operation ``architectures[i % len(architectures)]``, given to the expert's forward as ``pos_type``.
+
+    In the default form position t routes by the mean of the inputs up to t, multiplies by ``W + sum_i p_i(t) up_i
+    down_i``, and adds up the outputs of the distinct operations by their total weight: no position sees a later one, no
+    row another, and the router has a gradient. With one architecture it is exactly ``expert`` at first.
+
+    Args:
+        expert: the module to start from, which becomes a part of this one; or a function that makes one, called once
+            for each expert where ``rank`` is None.
+        num_experts: N.
+        architectures: operations, cycled over the experts; empty where all have the same.
+        merge: "outputs" runs every distinct operation and mixes what they give; "weights" makes one set of weights a
+            sequence and runs the operation that the gate chooses.
+        routing: what the router pools: "prefix", "sequence" (not causal) or "batch" (as published; it warns).
+        gate: "hard" chooses the architecture of the largest total weight, without a gradient, as published.
+        rank: of the experts' low-rank deviations; None gives every expert whole weights, stacked ``[N, ...]``.
+        noise: on the router's logits in training.
+        dropout: of experts, in training.
+        gradient_scale, sparsity: of ``modify_expert_gradients``.
+        embed_dim: features of the input; None reads them off the first linear layer of the expert.
+        batch_first: False where the input is ``[time, batch, embed_dim]``.
+
+    Raises:
+        TypeError, ValueError: settings that contradict each other or the expert; see ``PrismaticSettings``.
+    """
+
+    def __init__(
+        self,
+        expert: nn.Module | Callable[[], nn.Module],
+        num_experts: int = 2,
+        architectures: Sequence[str] = (),
+        *,
+        merge: str = "outputs",
+        routing: str = "prefix",
+        gate: str = "soft",
+        rank: int | None = 8,
+        noise: float = 0.1,
+        dropout: float = 0.0,
+        gradient_scale: float = 0.3,
+        sparsity: float = 0.1,
+        embed_dim: int | None = None,
+        batch_first: bool = True,
+    ) -> None:
+        super().__init__()
+        self.settings = PrismaticSettings(
+            num_experts, architectures, merge, routing, gate, rank, noise, dropout, gradient_scale, sparsity  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.batch_first = batch_first
+        self.routing = Routing()
+        self.expert, width = self._with_experts(expert)
+        cycle = self.settings.architectures
+        kinds = [cycle[i % len(cycle)] for i in range(num_experts)] if cycle else []
+        self.operations = tuple(dict.fromkeys(kinds))  # fewer than asked for where the cycle is longer than N
+        self._numbers = [self.operations.index(kind) for kind in kinds]
+        _check_operations(self.expert, self.operations)
+        self.router = Router(embed_dim or width, num_experts, routing=routing, noise=noise, dropout=dropout)
+        parameter = next(self.expert.parameters())
+        self.router.to(device=parameter.device, dtype=parameter.dtype)
+        self.balance: Tensor | None = None
+        self._statistics: Tensor | None = None
+        self._decoding: str = ""  # "prompt" (freeze after the next call), "frozen", "carried"
+        self._past: tuple[Tensor, Tensor] | None = None
+        self._frozen_weights: Tensor | None = None
+        self._frozen_operation: str = ""
+        self.register_load_state_dict_pre_hook(_load_unrouted)  # type: ignore[no-untyped-call]
+        if routing == "batch":
+            warnings.warn(
+                'routing="batch" pools over the whole batch, as published: later tokens change earlier outputs and one '
+                'row of a batch changes the others; use it to reproduce, and "prefix" or "sequence" to train',
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_settings(
+        cls, expert: nn.Module | Callable[[], nn.Module], settings: PrismaticSettings | Mapping[str, Any], **others: Any
+    ) -> Prismatic:
+        """A module from settings or a dictionary of them; ``others`` are ``embed_dim`` and ``batch_first``."""
+        made = settings if isinstance(settings, PrismaticSettings) else PrismaticSettings.from_dict(settings)
+        return cls(expert, **{name: getattr(made, name) for name in made.__dataclass_fields__}, **others)
+
+    def forward(self, x: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """What the expert returns for ``(x, *args, **kwargs)``; with several architectures that must be a tensor.
+
+        Args:
+            x: ``[batch, time, embed_dim]``, or time first where ``batch_first`` is False.
+            padding_mask: boolean ``[batch, time]``, True at real positions: others do not enter the router.
+        """
+        if x.dim() != 3:
+            raise ValueError(f"the router needs an input of [batch, time, embed_dim], not {tuple(x.shape)}")
+        if self._decoding == "frozen":
+            weights = self._frozen_weights
+            assert weights is not None
+            if len(weights) not in (1, x.shape[0 if self.batch_first else 1]):
+                raise ValueError(f"frozen for a batch of {len(weights)} prompts, not for an input of {tuple(x.shape)}")
+        else:
+            weights, state = self.router(x if self.batch_first else x.transpose(0, 1), padding_mask, self._past)
+            self._statistics = routing_statistics(weights)
+            self.balance = balance_loss(weights) if self.training else None
+            if self._decoding:
+                self._after_prompt(weights, state)
+        self.routing.weights = weights if self.batch_first or weights.shape[1] == 1 else weights.transpose(0, 1)
+        out = self._run(weights, x, args, kwargs)
+        self.routing.weights = None
+        if self._decoding == "prompt":
+            self._freeze(weights[:, -1])
+        return out
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the last call, see ``routing_metrics``; empty before it. Reading them waits for the device."""
+        return {} if self._statistics is None else dict(routing_metrics(self._statistics))
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are stacked ``[N, ...]``."""
+        names = ("down", "up") if self.settings.rank is not None else ("weight", "bias")
+        found = [getattr(layer, name) for layer in expert_layers(self.expert) for name in names]
+        return [parameter for parameter in found if parameter is not None]
+
+    def modify_expert_gradients(self) -> None:
+        """Scale the experts' gradients by their phases: call it between backward and the optimizer's step."""
+        chosen = self.settings
+        modify_expert_gradients(self.expert_parameters(), scale=chosen.gradient_scale, sparsity=chosen.sparsity)
+
+    def log_gradient_dynamics(self) -> dict[str, float]:
+        """Norm and variance of each expert's gradient, after backward."""
+        return gradient_dynamics(self.expert_parameters())
+
+    def train(self, mode: bool = True) -> Prismatic:
+        """As for every module; training ends what ``decoding`` froze."""
+        if mode:
+            self._decode("")
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        chosen = self.settings
+        return f"num_experts={chosen.num_experts}, architectures={chosen.architectures}, merge={chosen.merge!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last call left behind belongs to it: it may hold a graph, which cannot be copied.
+        return {**self.__dict__, "balance": None, "_statistics": None}
+
+    def _with_experts(self, expert: nn.Module | Callable[[], nn.Module]) -> tuple[nn.Module, int]:
+        count, rank = self.settings.num_experts, self.settings.rank
+        base = expert if isinstance(expert, nn.Module) else expert()
+        others = []
+        if rank is None and not isinstance(expert, nn.Module):
+            others = [dict(_paths(expert())) for _ in range(count - 1)]
+        paths = list(_paths(base))
+        if not paths:
+            raise ValueError(f"{type(base).__name__} has no plain nn.Linear below it that experts could differ in")
+        made: dict[nn.Module, nn.Module] = {}
+        for path, linear in paths:
+            if linear not in made:
+                made[linear] = (
+                    StackedExperts([linear, *(o[path] for o in others)] if others else [linear] * count, self.routing)
+                    if rank is None
+                    else LowRankExperts(linear, count, rank, self.routing)
+                ).train(linear.training)
+        for owner, name, linear in list(linear_layers(base)):
+            setattr(owner, name, made[linear])
+        return base, paths[0][1].in_features
+
+    def _run(self, weights: Tensor, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if not self.operations:
+            return self.expert(x, *args, **kwargs)
+        if len(self.operations) == 1 or self._frozen_operation:
+            return self.expert(x, *args, pos_type=self._frozen_operation or self.operations[0], **kwargs)
+        shares = architecture_shares(weights, self._numbers)
+        if self.settings.gate == "hard":
+            shares = hard_gate(shares)
+        mixed: Any = getattr(self.expert, "mixed", None)
+        if mixed is not None and self.batch_first:
+            return mixed(x, self.operations, shares, *args, **kwargs)
+        outs = [self.expert(x, *args, pos_type=name, **kwargs) for name in self.operations]
+        if not all(isinstance(out, Tensor) for out in outs):
+            raise TypeError(f"an expert of several architectures returns a tensor, not {type(outs[0]).__name__}")
+        return mix_outputs(outs, shares if self.batch_first or shares.shape[1] == 1 else shares.transpose(0, 1))
+
+    # -- decoding
+
+    def _decode(self, how: str) -> None:
+        self._decoding, self._past, self._frozen_weights, self._frozen_operation = how, None, None, ""
+        for layer in expert_layers(self.expert):
+            layer.freeze(None)
+
+    def _after_prompt(self, weights: Tensor, state: tuple[Tensor, Tensor]) -> None:
+        if self._decoding == "carried":
+            self._past = (state[0].detach(), state[1].detach())
+
+    def _freeze(self, weights: Tensor) -> None:
+        """Keep the mixture ``[rows, experts]`` that the prompt ended with, and matrices merged by it."""
+        self._decoding, self._frozen_weights = "frozen", weights.detach().unsqueeze(1)
+        for layer in expert_layers(self.expert):
+            if self.batch_first or len(weights) == 1:
+                layer.freeze(weights.detach())
+        if self.settings.gate == "hard" and len(self.operations) > 1:
+            chosen = set(architecture_shares(weights, self._numbers).argmax(dim=-1).tolist())
+            self._frozen_operation = self.operations[chosen.pop()] if len(chosen) == 1 else ""
+
+
+@contextlib.contextmanager
+def decoding(model: nn.Module, *, frozen: bool = True) -> Iterator[None]:
+    """For generating with a cache: within it, the first call is the prompt and every other continues it.
+
+    Args:
+        model: all Prismatic modules in it take part; they must be in evaluation mode.
+        frozen: keep the mixture that the prompt ended with and merge the experts' matrices once, so that a step costs
+            what the unrouted layer costs; False goes on routing, and gives what the whole sequence at once would give.
+    """
+    modules = [module for module in model.modules() if isinstance(module, Prismatic)]
+    if any(module.training for module in modules):
+        raise RuntimeError("decoding is for evaluation: call model.eval() first")
+    for module in modules:
+        module._decode("prompt" if frozen else "carried")
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._decode("")
+
+
+def prismatic_loss(model: nn.Module) -> Tensor | float:
+    """The mean balance loss of all Prismatic modules in their last call: add about 0.01 of it to the training loss.
+
+    A number 0.0 where there is none, or in evaluation.
+    """
+    found = [m.balance for m in model.modules() if isinstance(m, Prismatic) and m.balance is not None]
+    return torch.stack([loss.to(found[0].device) for loss in found]).mean() if found else 0.0
+
+
+def prismatic_metrics(model: nn.Module) -> dict[str, float]:
+    """The routing metrics of all Prismatic modules, averaged over them."""
+    found = [metrics for m in model.modules() if isinstance(m, Prismatic) and (metrics := m.metrics())]
+    names = dict.fromkeys(name for metrics in found for name in metrics)
+    return {name: sum(v) / len(v) for name in names if (v := [m[name] for m in found if name in m])}
+
+
+def _paths(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The plain linear layers below a module by their path in it, those that stand in two places twice."""
+    for path, child in module.named_modules(remove_duplicate=False):
+        if type(child) is nn.Linear and path:
+            yield path, child
+
+
+def _check_operations(expert: nn.Module, operations: Sequence[str]) -> None:
+    if not operations:
+        return
+    parameters = inspect.signature(expert.forward).parameters
+    if "pos_type" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"{type(expert).__name__}.forward has no parameter pos_type, through which experts of the architectures "
+            f"{', '.join(operations)} would differ; use SelfAttention, or leave architectures empty"
+        )
+    known: Sequence[str] = getattr(type(expert), "POS_TYPES", operations)
+    unknown = [name for name in operations if name not in known]
+    if unknown:
+        raise ValueError(f"{type(expert).__name__} knows no architecture {', '.join(unknown)}, only {', '.join(known)}")
+
+
+def _load_unrouted(module: Prismatic, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lets the state dict of the module that became the expert be loaded: every expert starts as it."""
+    own = module.state_dict()
+    inner = [name for name in own if name.startswith("expert.")]
+    if any(prefix + name in state for name in inner):
+        return
+    found = [name for name in inner if prefix + name.removeprefix("expert.") in state]
+    for name in found:
+        value = state.pop(prefix + name.removeprefix("expert."))
+        stacked = isinstance(value, Tensor) and value.dim() + 1 == own[name].dim()
+        state[prefix + name] = value.expand_as(own[name]) if stacked else value
+    if found:
+        for name, value in own.items():
+            if name.startswith("router.") or name.endswith((".down", ".up")):
+                state.setdefault(prefix + name, value)

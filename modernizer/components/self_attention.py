@@ -1,0 +1,173 @@
+"""Self-attention whose positions are an argument: rotary, ALiBi, none, or half the heads each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modernizer.components.alibi import ALiBi
+from modernizer.components.rotary import RotaryEmbedding
+
+__all__ = ["POS_TYPES", "SelfAttention"]
+
+POS_TYPES = ("rope", "alibi", "none", "mixed")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with ``pos_type`` rope, alibi, none or mixed; the operation has no parameters.
+
+    The parameters are the same for every ``pos_type``: one projection ``qkv`` and one ``out``. "mixed" rotates the
+    first half of the heads (rounded up) and gives ALiBi's slopes to the others.
+
+    Args:
+        embed_dim: features of input and output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of ``num_heads``; None for as many.
+        head_dim: features per head; None for ``embed_dim / num_heads``.
+        dropout: of the attention weights, in training.
+        bias: of the projections.
+        pos_type: the operation, unless a call says otherwise.
+        is_causal: a query sees no later key.
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown ``pos_type``, an odd ``head_dim`` with rotary positions.
+    """
+
+    POS_TYPES = POS_TYPES
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        pos_type: str = "rope",
+        is_causal: bool = True,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim} is not divisible by num_heads={num_heads}: give head_dim")
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={num_heads}")
+        self.dropout, self.is_causal = dropout, is_causal
+        self.pos_type = _known(pos_type)
+        if pos_type in ("rope", "mixed") and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias)
+        self.rotary, self.alibi = RotaryEmbedding(), ALiBi()
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        pos_type: str | None = None,
+        cache: Any = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Attend: ``[batch, time, embed_dim]`` to the same shape.
+
+        Args:
+            x: the new steps where there is a cache.
+            attn_mask: boolean (True attends) or of floats (added), broadcastable to ``[batch, heads, time, keys]``;
+                joined with causality where ``is_causal``.
+            pos_type: for this call; None for the module's own.
+            cache: an object with ``update(key, value, layer) -> (key, value)``, tensors ``[batch, heads, time,
+                head_dim]``. Keys are stored without positions, so that every operation can read them.
+            layer: which layer of the cache this is.
+        """
+        return self.mixed(x, (pos_type or self.pos_type,), None, attn_mask, cache=cache, layer=layer)
+
+    def mixed(
+        self,
+        x: Tensor,
+        pos_types: Sequence[str],
+        shares: Tensor | None,
+        attn_mask: Tensor | None = None,
+        *,
+        cache: Any = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Attend once for each of ``pos_types`` on the same projections, and add up the results by ``shares``.
+
+        Args:
+            pos_types: the operations.
+            shares: ``[batch, time, operations]``, or 1 where they do not differ; None for a single operation.
+            x, attn_mask, cache, layer: as in a call.
+        """
+        query, key, value = self._heads(x)
+        if cache is not None:
+            key, value = cache.update(key, value, layer)
+        groups = self.num_heads // self.num_kv_heads
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        outs = [self._attend(_known(kind), query, key, value, attn_mask) for kind in pos_types]
+        if shares is None:
+            (mixed,) = outs
+        else:
+            parts = shares.to(x.dtype).unsqueeze(1)  # [batch, 1, time, operations]
+            mixed = sum((out * parts[..., i : i + 1] for i, out in enumerate(outs[1:], 1)), outs[0] * parts[..., :1])
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, {self.num_heads}, pos_type={self.pos_type!r}, is_causal={self.is_causal}"
+
+    def _heads(self, x: Tensor) -> Sequence[Tensor]:
+        """Query, key and value, each ``[batch, heads, time, head_dim]``."""
+        parts = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Sequence[Tensor] = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return heads
+
+    def _attend(self, kind: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+        if kind == "mixed":
+            half = (self.num_heads + 1) // 2
+            masks = (attn_mask, attn_mask)
+            if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == self.num_heads > 1:
+                masks = (attn_mask[..., :half, :, :], attn_mask[..., half:, :, :])
+            parts = [self._attend("rope", query[:, :half], key[:, :half], value[:, :half], masks[0])]
+            if half < self.num_heads:
+                parts.append(self._attend("alibi", query[:, half:], key[:, half:], value[:, half:], masks[1]))
+            return torch.cat(parts, dim=1)
+        queries, keys = query.shape[-2], key.shape[-2]
+        if kind == "rope":
+            query, key = self.rotary(query, offset=keys - queries), self.rotary(key)
+        mask, hint = attn_mask, False
+        if kind == "alibi":
+            bias = self.alibi.bias(queries, keys, num_heads=query.shape[1], device=query.device, dtype=query.dtype)
+            mask = bias if mask is None else _joined(bias, mask)
+        if self.is_causal and queries > 1:
+            hint = mask is None and queries == keys
+            if not hint:
+                seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+                mask = seen if mask is None else _joined(mask, seen)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=hint)
+
+
+def _known(pos_type: str) -> str:
+    if pos_type not in POS_TYPES:
+        raise ValueError(f"pos_type is one of {', '.join(POS_TYPES)}, not {pos_type!r}")
+    return pos_type
+
+
+def _joined(mask: Tensor, other: Tensor) -> Tensor:
+    """Both masks: of two booleans the common part, else their sum."""
+    if mask.dtype == torch.bool and other.dtype == torch.bool:
+        return mask & other
+    if mask.dtype == torch.bool:
+        mask, other = other, mask
+    if other.dtype == torch.bool:
+        return torch.where(other, mask, float("-inf"))
+    return mask + other.to(mask.dtype)

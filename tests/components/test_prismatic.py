@@ -1,0 +1,236 @@
+import copy
+import sys
+
+import pytest
+import torch
+from component_oracles import quick
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from modernizer.components import Prismatic, PrismaticSettings, SelfAttention, prismatic_loss, prismatic_metrics
+from modernizer.components.prismatic import (
+    LowRankExperts,
+    Router,
+    StackedExperts,
+    after_backward,
+    architecture_shares,
+    balance_loss,
+    decoding,
+    gradient_dynamics,
+    hard_gate,
+    lightning_callback,
+    merge_weights,
+    mix_outputs,
+    modify_expert_gradients,
+    phases,
+    routing_metrics,
+    routing_statistics,
+    trainer_callback,
+)
+
+BOTH = ["alibi", "rope"]
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def made(num_experts: int = 2, architectures: list[str] | None = None, **settings: object) -> Prismatic:
+    torch.manual_seed(0)
+    attention = SelfAttention(16, 4).double()
+    return Prismatic(attention, num_experts, architectures or [], **settings)  # type: ignore[arg-type]
+
+
+def stepped(module: Prismatic) -> Prismatic:
+    """After one step, in which experts part ways; in evaluation."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    module(rand(2, 6, 16)).pow(2).sum().backward()
+    optimizer.step()
+    return module.eval()
+
+
+@quick
+@given(st.integers(1, 7), st.integers(1, 5), st.sampled_from([[], BOTH, ["rope", "rope", "alibi"]]))
+def test_later_tokens_and_other_rows_change_nothing(cut: int, experts: int, kinds: list[str]) -> None:
+    module = stepped(made(max(experts, len(set(kinds)), 1), kinds))
+    x = rand(3, 8, 16)
+    moved = x.clone()
+    moved[:, cut:] += 1
+    assert torch.equal(module(x)[:, :cut], module(moved)[:, :cut])
+    moved = x.clone()
+    moved[1:] += 1
+    assert torch.equal(module(x)[0], module(moved)[0])
+
+
+@pytest.mark.parametrize("rank", [8, None])
+def test_identical_experts_are_the_layer(rank: int | None) -> None:
+    torch.manual_seed(0)
+    attention, x = SelfAttention(16, 4).double(), rand(2, 6, 16)
+    out = Prismatic(copy.deepcopy(attention), 3, rank=rank, noise=0.5)(x)
+    if rank is None:
+        torch.testing.assert_close(out, attention(x))
+    else:
+        assert torch.equal(out, attention(x))
+
+
+def test_gradients_reach_router_and_every_expert() -> None:
+    module = stepped(made(4, BOTH))
+    module.zero_grad()
+    module(rand(2, 6, 16)).pow(2).sum().backward()
+    assert module.router.linear.weight.grad is not None and module.router.linear.weight.grad.abs().sum() > 0
+    assert all((p.grad.flatten(1).norm(dim=1) > 0).all() for p in module.expert_parameters() if p.grad is not None)
+    assert len(gradient_dynamics(module.expert_parameters())) == 8
+
+
+def test_mixers_have_the_right_gradients() -> None:
+    outputs, shares = [rand(2, 3, 4).requires_grad_() for _ in range(2)], rand(2, 3, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b, s: mix_outputs([a, b], s), (*outputs, shares))
+    assert torch.autograd.gradcheck(merge_weights, (rand(3, 2, 4).requires_grad_(), rand(2, 3).requires_grad_()))
+    assert torch.autograd.gradcheck(lambda w: architecture_shares(w, [0, 1, 0]), (rand(2, 3).requires_grad_(),))
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_layers_are_their_merged_matrices(rank: int | None) -> None:
+    module = stepped(made(3, rank=rank))
+    layer = module.expert.qkv
+    assert isinstance(layer, LowRankExperts if rank else StackedExperts)
+    weights, x = rand(2, 5, 3).softmax(-1), rand(2, 5, 16)
+    module.routing.weights = weights
+    weight, bias = layer.merged(weights.flatten(0, 1))
+    expected = torch.einsum("noi,ni->no", weight, x.flatten(0, 1)) + bias
+    torch.testing.assert_close(layer(x).flatten(0, 1), expected)
+
+
+@quick
+@given(st.integers(1, 6), st.floats(0.1, 50))
+def test_metrics_are_in_range(experts: int, spread: float) -> None:
+    weights = (spread * rand(2, 3, experts)).softmax(dim=-1)
+    found = routing_metrics(routing_statistics(weights))
+    assert all(0 <= found[f"routing/{name}"] <= 1 for name in ("entropy", "balance", "decision_entropy", "variance"))
+    assert 1 / experts - 1e-9 <= found["routing/concentration"] <= 1 + 1e-9
+    even = torch.full((1, experts, experts), 1 / experts)
+    assert float(balance_loss(even)) == pytest.approx(1)
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        if self.kept:
+            key, value = torch.cat((self.kept[0], key), 2), torch.cat((self.kept[1], value), 2)
+        self.kept = key, value
+        return self.kept
+
+
+def test_decoding_with_a_cache_is_the_whole_sequence() -> None:
+    module, x, cache = stepped(made(4, BOTH)), rand(2, 6, 16), Cache()
+    with torch.no_grad(), decoding(module, frozen=False):
+        parts = [module(part, cache=cache) for part in (x[:, :4], x[:, 4:5], x[:, 5:])]
+    torch.testing.assert_close(torch.cat(parts, 1), module(x))
+
+
+def test_frozen_at_the_prompt_keeps_its_mixture() -> None:
+    module, x, cache = stepped(made(4, BOTH)), rand(2, 6, 16), Cache()
+    with torch.no_grad(), decoding(module):
+        first = module(x[:, :4], cache=cache)
+        frozen = module._frozen_weights
+        module(x[:, 4:], cache=cache)
+        assert frozen is module._frozen_weights and module.expert.qkv.frozen is not None
+    torch.testing.assert_close(first, module(x)[:, :4])
+    assert module.expert.qkv.frozen is None
+
+
+def test_compiles_without_a_break_in_the_default_form() -> None:
+    torch._dynamo.reset()
+    module, x = made(2, BOTH), rand(2, 6, 16)
+    module.eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_bfloat16() -> None:
+    module = made(2, BOTH).bfloat16()
+    out = module(rand(2, 6, 16).bfloat16())
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and torch.isfinite(out).all()
+
+
+@pytest.mark.filterwarnings("ignore:routing=")
+def test_published_form() -> None:
+    module = made(2, BOTH, merge="weights", routing="batch", gate="hard", rank=None)
+    module(rand(2, 6, 16)).sum().backward()
+    module.modify_expert_gradients()
+    x = rand(2, 6, 16)
+    moved = x.clone()
+    moved[1] += 3
+    assert not torch.equal(module.eval()(x)[0], module(moved)[0])
+    with pytest.warns(UserWarning, match="one row of a batch"):
+        made(routing="batch")
+
+
+def test_a_trained_layer_is_loaded_into_every_expert() -> None:
+    trained = SelfAttention(16, 4).double()
+    for rank in (8, None):
+        module, x = made(3, rank=rank), rand(2, 5, 16)
+        module.load_state_dict(trained.state_dict())
+        torch.testing.assert_close(module(x), trained(x))
+        copy.deepcopy(module).load_state_dict(module.state_dict())
+
+
+def test_phases_differ_and_expert_0_is_left_alone() -> None:
+    for count in range(2, 9):
+        cosines = torch.tensor(phases(count)[1:]).cos()
+        assert len(set(cosines.tolist())) == count - 1 and (cosines.abs() > 1e-3).all()
+    parameter = nn.Parameter(torch.arange(1.0, 21).repeat(3, 1))
+    parameter.grad = torch.ones(3, 20)
+    modify_expert_gradients([parameter], scale=0.5, sparsity=0.1)
+    assert (parameter.grad[0] == 1).all()
+    cos = torch.tensor(phases(3)).cos()[1]
+    torch.testing.assert_close(
+        parameter.grad[1, [0, 5, 19]], torch.stack((1 - 0.5 * cos, torch.tensor(1.0), 1 + 0.5 * cos))
+    )
+
+
+def test_losses_and_reports_of_a_model() -> None:
+    model = nn.Sequential(made(2, BOTH), made(2, BOTH))
+    (model(rand(2, 6, 16)).sum() + prismatic_loss(model)).backward()
+    assert {"routing/entropy", "gradients/expert_1_norm"} <= after_backward(
+        model, gradient_phases=True, report=True
+    ).keys()
+    assert prismatic_metrics(model).keys() == model[0].metrics().keys()
+
+
+def test_hard_gate_chooses_one() -> None:
+    assert hard_gate(torch.tensor([0.2, 0.7, 0.1])).tolist() == [0, 1, 0]
+    assert Router(4, 3, noise=1.0, dropout=0.9)(torch.randn(2, 5, 4))[0].sum(-1).allclose(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("module, make", [("lightning", lightning_callback), ("transformers", trainer_callback)])
+def test_callbacks_say_what_to_install(module: str, make: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lightning", "lightning.pytorch", "pytorch_lightning", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=f"pip install {module}"):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_experts": 0}, {"num_experts": True}, {"architectures": "rope"}, {"architectures": ["a", "b", "c"]},
+        {"merge": "sum"}, {"routing": "token"}, {"gate": "hard"}, {"rank": 0}, {"dropout": 1.0}, {"sparsity": 0},
+        {"merge": "weights"}, {"heads": 3}, {"gradient_scale": "big"},
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
+        PrismaticSettings.from_dict(wrong)
+
+
+@pytest.mark.parametrize("kind", SelfAttention.POS_TYPES)
+def test_attention_with_and_without_a_cache(kind: str) -> None:
+    attention, x, cache = SelfAttention(16, 4, num_kv_heads=2, pos_type=kind).double(), rand(2, 6, 16), Cache()
+    parts = [attention(part, cache=cache) for part in (x[:, :3], x[:, 3:4], x[:, 4:])]
+    torch.testing.assert_close(torch.cat(parts, 1), attention(x))
