@@ -123,6 +123,17 @@ class Contents:
         return self._kinds[id(value)]
 
     def _kind(self, value: Value) -> str:
+        found = self._evidences(value)
+        if "learned" in found:
+            return "learned"
+        if "wave" in found and found & {"range", "filled"}:
+            return "sinusoid"
+        if "mask" in found:
+            return ""
+        return "table" if found & {"range", "by hand"} else ""
+
+    def _evidences(self, value: Value) -> set[str]:
+        """What the operations that a content-free value is made of say about how places are told apart."""
         found: set[str] = set()
         seen: set[int] = set()
         todo: list[Node] = [leaf for leaf in flatten(value) if isinstance(leaf, Node)]
@@ -134,13 +145,7 @@ class Contents:
             found.add(self._evidence(node))
             if not (node.op == "embedding" and is_torch(node.module, "Embedding")):
                 todo.extend(inputs(node) if node.op == "parameter" else content_inputs(node))
-        if "learned" in found:
-            return "learned"
-        if "wave" in found and found & {"range", "filled"}:
-            return "sinusoid"
-        if "mask" in found:
-            return ""
-        return "table" if found & {"range", "by hand"} else ""
+        return found
 
     def _evidence(self, node: Node) -> str:
         """What one operation says about how places are told apart."""
@@ -149,7 +154,8 @@ class Contents:
         if node.op in WAVES:
             return "wave"
         if node.op == "embedding" and is_torch(node.module, "Embedding") and node.args:
-            return "learned" if self._kind(node.args[0]) else ""
+            # A mask among the numbers looked up gives padding a row of its own: they count places all the same.
+            return "learned" if self._kind(node.args[0]) or "range" in self._evidences(node.args[0]) else ""
         if node.op == "parameter" and node.module is None and is_table(node):
             return "learned"
         if node.op in ("tril", "triu", "masked_fill"):

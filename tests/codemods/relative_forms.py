@@ -199,3 +199,14 @@ MORE["position_parts_made_at_once_with_others"] = by_position(
     "where, kinds, length = torch.arange(ids.size(1)), self.kinds(ids % 2), ids.size(1)\n"
     "x = self.tokens(ids) + kinds\nx = x + self.mix(self.places(where[:length]))",
 )
+
+MORE["position_numbers_with_one_for_padding"] = by_position(
+    "self.places = nn.Embedding(LENGTH + 1, DIM)",
+    """
+    b, t = ids.shape
+    numbers = torch.arange(t, device=ids.device).repeat(b, 1) + 1
+    padded = ids.eq(0)
+    numbers.masked_fill_(padded, 0)
+    x = self.tokens(ids) + self.places(numbers)
+    """,
+)

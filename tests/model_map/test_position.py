@@ -26,6 +26,11 @@ def positions(folder: Path, init: str, forward: str, args: str = "ids") -> list[
 LEARNED = "self.places = nn.Embedding(n, d)"
 FOUND = {
     "looked_up": (LEARNED, "x = x + self.places(torch.arange(ids.size(1), device=ids.device))", "learned"),
+    "one_for_padding": (
+        LEARNED,
+        "n = torch.arange(ids.size(1)).repeat(len(ids), 1) + 1\nn.masked_fill_(ids.eq(0), 0)\nx = x + self.places(n)",
+        "learned",
+    ),
     "in_place": (LEARNED, "x += self.places(torch.arange(ids.shape[1]))[None]", "learned"),
     "other_order": (LEARNED, "x = self.places(torch.arange(ids.shape[1]).expand_as(ids)) + x", "learned"),
     "parameter": ("self.places = nn.Parameter(torch.zeros(1, n, d))", "x = x + self.places[:, :x.size(1)]", "learned"),
@@ -55,6 +60,7 @@ def test_positions_are_found(tmp_path: Path, name: str) -> None:
 NOT_FOUND = {
     "a_bias": ("self.bias = nn.Parameter(torch.zeros(d))", "x = x + self.bias", "ids"),
     "kinds_from_the_caller": (LEARNED, "x = x + self.places(kinds)", "ids, kinds"),
+    "segments_by_place": (LEARNED, "x = x + self.places((torch.arange(ids.size(1)) > 3).long())", "ids"),
     "segments": (LEARNED, "x = x + self.places(torch.cumsum(ids == 3, 1))", "ids"),
     "noise": ("self.d = d", "x = x + torch.randn(x.shape)", "ids"),
     "a_class_token": ("self.cls = nn.Parameter(torch.zeros(1, 1, d))", "x = x + self.cls", "ids"),
