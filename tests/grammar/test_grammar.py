@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
+from .checks import Before, outcome
 from .choices import DIMENSIONS, Choice, fitted
 from .compose import Program, compose
 from .fuzz import ready
@@ -61,3 +62,17 @@ def test_labels_are_true_of_combinations(batch: int) -> None:
 def test_programs_shrink_to_the_simplest() -> None:
     assert fitted(Choice()) == Choice()
     assert Choice(**{name: values[0] for name, values in DIMENSIONS.items()}) == Choice()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(architecture="seq2seq", residual="post_inline", attention="torch_layer", mask="additive"),
+        Choice(architecture="decoder", residual="post_inline", mask="additive", causal_home="forward"),
+    ],
+    ids=["torch_layer", "decoder"],
+)
+def test_prenorm_is_judged_where_masks_are_made_on_the_way(choice: Choice) -> None:
+    made = outcome(Before(compose(choice)), ("prenorm",))
+    assert not made.failed, made
+    assert made.verdict == "upgraded"
