@@ -210,8 +210,10 @@ def _positions(word: str) -> Judge:
 
 def _prenorm(before: Before, after: Subject, now: Recording) -> str:
     was, facts = before.recording, before.program.facts
-    fewer = now.standardised < was.standardised and now.standardised <= 4
-    if facts.norm != "rms" and was.standardised > 1 and not fewer:
+    has_blocks = any(type(m).__name__ == facts.block_class for m in after.model.modules())
+    # Where no block is a module, the ends that are seen are those of whole parts, which the final norm keeps.
+    most = was.standardised - 1 if has_blocks else was.standardised
+    if facts.norm != "rms" and was.standardised > 1 and now.standardised > min(most, 4):
         return f"modules that end in a norm: {was.standardised} before, {now.standardised} after"
     if was.scale_response and now.scale_response and was.scale_response < 5 and now.scale_response > 25:
         return f"no final norm: larger embeddings give outputs {now.scale_response:.0f} times larger"

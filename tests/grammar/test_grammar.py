@@ -76,3 +76,10 @@ def test_prenorm_is_judged_where_masks_are_made_on_the_way(choice: Choice) -> No
     made = outcome(Before(compose(choice)), ("prenorm",))
     assert not made.failed, made
     assert made.verdict == "upgraded"
+
+
+def test_prenorm_is_judged_where_no_block_is_a_module_and_the_embedding_ends_in_a_norm() -> None:
+    choice = Choice(residual="post_inline", container="parallel", embedding_norm="yes")
+    made = outcome(Before(compose(choice)), ("prenorm",))
+    assert not made.failed, made
+    assert made.verdict == "upgraded"
