@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from codemods._parts import Parts
 from codemods._survey import Cannot, Group, Survey, given_names, place, torch_modules
 from codemods._takeout import take_out
 from modernizer.edit import AddArgument, Edit
-from modernizer.graph.query import ancestors, class_of, is_torch
+from modernizer.graph.query import ancestors, class_of, is_torch, location
 from modernizer.graph.rank import is_number
 from modernizer.graph.values import Const, External, Frame, Module, Node, Value
 from modernizer.imports import Imports
@@ -45,9 +45,28 @@ def plan(model: ModelMap, kind: Kind) -> Plan:
     for group in survey.groups():
         _plan_group(survey, group, kind, made, frozenset(model.project.named))
     _note_rotated(survey, made)
-    for refusal in survey.shared_steps():
-        made.refusals.append(refusal)
+    made.refusals += survey.shared_steps()
+    made.refusals += _unplaced(survey)
     return made
+
+
+def _unplaced(survey: Survey) -> Iterator[Refusal]:
+    """Positions that a class adds which nobody is seen to construct, beside attention that none are seen to reach."""
+    contexts = [p for site in survey.positions for p in site.contexts]
+    waiting = [
+        c for c in survey.contexts
+        if c.kind == "self" and not survey.is_relative(c) and not any(survey.reaches(p, c) for p in contexts)
+    ]  # fmt: skip
+    for site in survey.positions if waiting else ():
+        if all(survey.is_loose(p) for p in site.contexts):
+            owner = class_of(site.frame)
+            yield Refusal(
+                location(site.node, site.frame),
+                f"positions are added by {owner.name if owner else 'a function'}, which nothing that was read"
+                " constructs,"
+                " and whether they reach an attention cannot be seen",
+                "name the file that puts the model together too",
+            )
 
 
 def survey_with_users(model: ModelMap) -> Survey:

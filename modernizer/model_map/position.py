@@ -9,12 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modernizer.graph import Graph
-from modernizer.graph.query import LIKE, SHAPES, VIEWS, class_of, inputs, is_torch, location, strip_views, through
+from modernizer.graph.query import (
+    LIKE,
+    SHAPES,
+    VIEWS,
+    class_of,
+    inputs,
+    is_const,
+    is_torch,
+    location,
+    strip_views,
+    through,
+)  # fmt: skip
+from modernizer.graph.rank import is_number
 from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
 
 if TYPE_CHECKING:
     from modernizer.model_map.map import Role
 
+REDUCTIONS = frozenset("mean sum max min amax amin norm std var prod logsumexp".split())
 RANGES = frozenset("arange linspace range cumsum".split())
 WAVES = frozenset("sin cos polar".split())
 # What is true or false of data: a mask made of them is not their content.
@@ -142,6 +155,8 @@ class Contents:
             if id(node) in seen or node.op in SHAPES or node.op in COMPARISONS:
                 continue
             seen.add(id(node))
+            if _is_one_for_all(node):
+                continue
             found.add(self._evidence(node))
             if not (node.op == "embedding" and is_torch(node.module, "Embedding")):
                 todo.extend(inputs(node) if node.op == "parameter" else content_inputs(node))
@@ -156,7 +171,7 @@ class Contents:
         if node.op == "embedding" and is_torch(node.module, "Embedding") and node.args:
             # A mask among the numbers looked up gives padding a row of its own: they count places all the same.
             return "learned" if self._kind(node.args[0]) or "range" in self._evidences(node.args[0]) else ""
-        if node.op == "parameter" and node.module is None and is_table(node):
+        if node.op == "parameter" and (is_table(node) if node.module is None else _is_whole_table(node)):
             return "learned"
         if node.op in ("tril", "triu", "masked_fill"):
             return "mask"
@@ -189,7 +204,7 @@ def content_inputs(node: Node) -> list[Node]:
         or (node.op == "attr" and node.name in KINDS)
     ):
         return []
-    if node.op in AS_OTHER:
+    if node.op in AS_OTHER or "out" in node.kwargs:  # what was in `out` before is overwritten
         return [leaf for leaf in flatten(node.args[0]) if isinstance(leaf, Node)] if node.args else []
     return list(inputs(node))
 
@@ -199,8 +214,36 @@ def is_table(parameter: Node) -> bool:
     return len(_long_axes(parameter)) >= 2
 
 
+def _is_whole_table(parameter: Node) -> bool:
+    """Whether it is every row of an embedding: added as it is, row by row, it has one for each place."""
+    return parameter.name == "weight" and is_torch(parameter.module, "Embedding")
+
+
+def _is_one_for_all(node: Node) -> bool:
+    """Whether it is one row of a learned table, or what its rows have in common: the same at every place."""
+    if node.op not in REDUCTIONS and node.op not in ("getitem", "select", "item", "iter", "unbind"):
+        return False
+    table = strip_views(node.args[0]) if node.args else None
+    if not isinstance(table, Node) or table.op != "parameter":
+        return False
+    index = node.args[1] if node.op == "getitem" and len(node.args) > 1 else None
+    if index is None:
+        return True
+    if node.args[0] is not table:  # which axis is which is not known behind a view
+        return any(is_number(part) for part in flatten(index))
+    sizes = _sizes(table)
+    parts = index.items if isinstance(index, Many) else [index]
+    return any(
+        is_number(part) and not (axis < len(sizes) and is_const(sizes[axis], 1)) for axis, part in enumerate(parts)
+    )
+
+
 def _long_axes(parameter: Node) -> list[Value]:
     """The sizes other than one of a parameter, as its initial value states them; none where it does not."""
+    return [size for size in _sizes(parameter) if not is_const(size, 1)]
+
+
+def _sizes(parameter: Node) -> list[Value]:
     made = strip_views(parameter.args[0]) if parameter.args else None
     while (
         isinstance(made, Node) and made.op in ("mul", "div", "trunc_normal", "normal", "uniform", "neg") and made.args
@@ -219,7 +262,7 @@ def _long_axes(parameter: Node) -> list[Value]:
     sizes: list[Value] = list(made.args)
     if len(sizes) == 1 and isinstance(sizes[0], Many):
         sizes = sizes[0].items
-    return [size for size in sizes if not (isinstance(size, Const) and size.value == 1)]
+    return sizes
 
 
 def _counts_kept(node: Node) -> bool:

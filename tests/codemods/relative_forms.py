@@ -210,3 +210,8 @@ MORE["position_numbers_with_one_for_padding"] = by_position(
     x = self.tokens(ids) + self.places(numbers)
     """,
 )
+
+MORE["rows_of_an_embedding_that_is_not_called"] = by_position(
+    "self.places = nn.Embedding(LENGTH, DIM)",
+    "x = self.tokens(ids)\nx = x + self.places.weight[: x.size(1)].unsqueeze(0).repeat(len(ids), 1, 1)",
+)

@@ -229,3 +229,17 @@ KEPT = {
         """,
     ),
 }
+
+KEPT["one_row_of_a_table"] = by_position(
+    "self.kinds = nn.Parameter(torch.randn(2, DIM))", "x = self.tokens(ids) + self.kinds[1]"
+)
+KEPT["one_row_of_an_embedding"] = by_position(
+    "self.kinds = nn.Embedding(2, DIM)", "x = self.tokens(ids) + self.kinds.weight[0]"
+)
+KEPT["what_rows_have_in_common"] = by_position(
+    "self.kinds = nn.Embedding(2, DIM)", "x = self.tokens(ids) + self.kinds.weight.mean(0)"
+)
+REFUSED["positions_that_nothing_seen_constructs"] = (
+    whole(SINUSOID, ATTENTION, BLOCK, filled(MODEL, init="self.eps = 1", embed="x = self.tokens(ids)")),
+    "which nothing that was read",
+)
