@@ -7,7 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from modernizer.graph.query import SHAPES, VIEWS, ancestors, inputs, is_none, is_torch, location, strip_views, users
+from modernizer.graph.query import (
+    SHAPES,
+    VIEWS,
+    ancestors,
+    inputs,
+    is_const,
+    is_none,
+    is_torch,
+    location,
+    strip_views,
+    users,
+)
 from modernizer.graph.values import Const, Frame, Module, Node, Value, flatten
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention, AttentionSite
@@ -21,6 +32,7 @@ TORCH_LAYERS = frozenset(
 WITH_MEMORY = frozenset({"torch_decoder_layer", "torch_decoder"})
 PRODUCTS = frozenset("matmul einsum baddbmm".split())
 # Where a token is chosen, its scores' history ends.
+LEARNED = frozenset("linear conv1d embedding layer_norm rms_norm matmul einsum".split())
 CHOICES = frozenset("argmax multinomial topk sort max".split())
 # Modules of other packages that treat every step alike.
 HARMLESS = frozenset(
@@ -304,12 +316,34 @@ class Survey:
                     " coordinates, and distance in one order of them is wrong in kind",
                     place(position), "use positions that are relative in two dimensions",
                 )  # fmt: skip
+        if _is_of_unknown_width(position) and (head := self._stated_head(position)) is not None:
+            raise Cannot(
+                "positions are added to what the caller passes, and the model puts out a stated number of features:"
+                " where it takes as few, the sum is what makes them as wide as the model",
+                place(head), "project the input to the width of the model first",
+            )  # fmt: skip
         if _has_unread_option(position.stream):
             raise Cannot(
                 "a function whose code was not read may or may not be applied to the stream before positions are added,"
                 " and may add positions itself",
                 place(position),
             )  # fmt: skip
+
+    def _stated_head(self, position: Position) -> Node | None:
+        """A linear layer of as many outputs as a number in the code says, with nothing learned after it."""
+        reach = self.reach[id(position)]
+        for node in reach.values():
+            if node.op != "linear" or node.module is None or node.node is None:
+                continue
+            width = node.module.args.get("out_features")
+            after = self._reached(node).values()
+            if (
+                width is not None
+                and is_const(width)
+                and not any(n is not node and (n.op in LEARNED or n.module is not None) for n in after)
+            ):
+                return node
+        return None
 
     def _is_asked_for_none(self, given: Node) -> bool:
         """Whether an argument only replaces positions where it is given: `if position_ids is None: …`"""
@@ -432,6 +466,24 @@ def _is_patchify(node: Node) -> bool:
         return False
     left = pattern.partition("->")[0]
     return left.count("(") >= 2
+
+
+def _is_of_unknown_width(position: Position) -> bool:
+    """Whether a stream is what a caller passes, and the positions were not made as wide as it is."""
+    stream = position.stream
+    seen: set[int] = set()
+    while isinstance(stream, Node) and id(stream) not in seen:
+        seen.add(id(stream))
+        stream = strip_views(stream)
+        if isinstance(stream, Node) and stream.op in ("mul", "div", "add", "dropout") and stream.args:
+            stream = stream.args[0]
+    if not isinstance(stream, Node) or stream.op != "input":
+        return False
+    asked = [n for n in ancestors(position.term).values() if n.op in ("dim", "shape")]
+    return not any(
+        n.op == "dim" and strip_views(n.args[0]) is stream and is_const(n.args[1], -1, 2)
+        for n in asked if len(n.args) > 1
+    )  # fmt: skip
 
 
 def _has_unread_option(stream: Value) -> bool:

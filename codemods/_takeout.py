@@ -27,7 +27,7 @@ def take_out(removal: Removal, group: Group) -> None:
 
 def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> None:
     gone = [p for p in site.contexts if p in group.removed]
-    stays = [p for p in site.contexts if p not in group.removed]
+    stays = [p.frame for p in site.contexts if p not in group.removed] + [n.frame for n in site.others]
     calls = [_adding_call(removal, p, stays) for p in gone]
     if all(c is not None for c in calls):
         for found in calls:
@@ -36,8 +36,9 @@ def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> None:
             removal.replace(call, "$0", (_argument(call, gone[calls.index(found)], parameter),))
         return
     if stays:
+        other = "where no attention follows" if len(stays) > len(site.others) else "for queries made of positions alone"
         raise Cannot(
-            "what adds positions here also serves where no attention follows, and does more than add",
+            f"what adds positions here also serves {other}, and does more than add",
             place(gone[0]), "give the two uses a class each",
         )  # fmt: skip
     _take_out_sum(removal, gone)
@@ -46,7 +47,7 @@ def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> None:
 # -- at the call
 
 
-def _adding_call(removal: Removal, position: Position, stays: Sequence[Position]) -> Call | None:
+def _adding_call(removal: Removal, position: Position, stays: Sequence[Frame]) -> Call | None:
     """The outermost call that returns its argument with positions added, and nothing else."""
     found: Call | None = None
     frame: Frame | None = position.frame
@@ -55,7 +56,7 @@ def _adding_call(removal: Removal, position: Position, stays: Sequence[Position]
         call = frame.call
         if parameter is None or not isinstance(call, ast.Call) or frame.caller.function is None:
             break
-        if not _calls_function(removal, call, frame) or any(call is f.call for p in stays for f in p.frame.outward()):
+        if not _calls_function(removal, call, frame) or any(call is f.call for s in stays for f in s.outward()):
             break
         if frame.caller.path not in removal.named or _argument_of(call, frame, parameter) is None:
             break

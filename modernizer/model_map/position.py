@@ -66,6 +66,7 @@ class PositionSite:
     node: ast.AST
     frame: Frame
     contexts: tuple[Position, ...]
+    others: tuple[Node, ...] = ()  # its evaluations in which what is added is no position, or nothing is added to
 
 
 class Contents:
@@ -308,15 +309,26 @@ def find_positions(graph: Graph) -> Sequence[PositionSite]:
     """Every place that adds positions to content, in the order of files and lines."""
     contents = Contents(graph)
     sites: dict[ast.AST, list[Position]] = defaultdict(list)
+    others: dict[ast.AST, list[Node]] = defaultdict(list)
     for node in graph.machine.nodes:
         if node.op in ADDS and len(node.args) >= 2 and node.node is not None:
             found = _position(contents, node)
             if found is not None:
                 sites[node.node].append(found)
+            else:
+                others[node.node].append(node)
     ordered = sorted(
         sites, key=lambda n: (str(sites[n][0].frame.path), getattr(n, "lineno", 0), getattr(n, "col_offset", 0))
     )
-    return [PositionSite(node, sites[node][0].frame, tuple(sites[node])) for node in ordered]
+    return [
+        PositionSite(n, sites[n][0].frame, tuple(sites[n]), _elsewhere(others.get(n, ()), sites[n])) for n in ordered
+    ]
+
+
+def _elsewhere(others: Sequence[Node], contexts: Sequence[Position]) -> tuple[Node, ...]:
+    """Those in other frames: the sum of a list is several additions, of which one adds the positions."""
+    frames = {id(p.frame) for p in contexts}
+    return tuple(n for n in others if id(n.frame) not in frames)
 
 
 def _position(contents: Contents, node: Node) -> Position | None:

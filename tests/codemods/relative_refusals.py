@@ -243,3 +243,43 @@ REFUSED["positions_that_nothing_seen_constructs"] = (
     whole(SINUSOID, ATTENTION, BLOCK, filled(MODEL, init="self.eps = 1", embed="x = self.tokens(ids)")),
     "which nothing that was read",
 )
+
+# The sum with the table is what makes one feature as wide as the model.
+REFUSED["a_series_of_single_numbers"] = (
+    whole(
+        SINUSOID.replace("x * math.sqrt(x.size(-1))", "x"),
+        """
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.position = PositionalEncoding(DIM)
+                layer = nn.TransformerEncoderLayer(DIM, HEADS, batch_first=True)
+                self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(DIM, 1)
+
+            def forward(self, series):
+                return self.head(self.encoder(self.position(series)))
+        """,
+    ),
+    "a stated number of features",
+)
+REFUSED["a_class_that_also_makes_queries_of_positions_alone"] = (
+    whole(
+        SINUSOID,
+        """
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.tokens, self.position = nn.Embedding(WORDS, DIM), PositionalEncoding(DIM)
+                layer = nn.TransformerEncoderLayer(DIM, HEADS, batch_first=True)
+                self.encoder = nn.TransformerEncoder(layer, 1)
+                layer = nn.TransformerDecoderLayer(DIM, HEADS, batch_first=True)
+                self.decoder = nn.TransformerDecoder(layer, 1)
+
+            def forward(self, ids):
+                memory = self.encoder(self.position(self.tokens(ids)))
+                asked = torch.zeros(ids.size(0), ids.size(1), DIM)
+                return self.decoder(self.position(asked), memory)
+        """,
+    ),
+    "queries made of positions alone",
+)
