@@ -57,6 +57,22 @@ def _unplaced(survey: Survey) -> Iterator[Refusal]:
         c for c in survey.contexts
         if c.kind == "self" and not survey.is_relative(c) and not any(survey.reaches(p, c) for p in contexts)
     ]  # fmt: skip
+    for node in survey.handed_in(waiting):
+        yield Refusal(
+            place(node),
+            "the caller hands in what is added to query and key here but not to value: positions, if that is what they"
+            " are, are made where nothing was read",
+            "name the file that makes them too, or make them in the model",
+        )
+    for site in survey.positions:
+        if any(survey.is_half_reached(p) for p in site.contexts) and not any(
+            survey.reaches(p, c) for p in site.contexts for c in survey.contexts
+        ):
+            yield Refusal(
+                location(site.node, site.frame),
+                "these positions reach attention only where query and key are made of different data: there is no"
+                " distance between places of two sequences",
+            )
     for site in survey.positions if waiting else ():
         if all(survey.is_loose(p) for p in site.contexts):
             owner = class_of(site.frame)

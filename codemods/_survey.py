@@ -130,6 +130,25 @@ class Survey:
         query, key = self._enters(reach, context.query), self._enters(reach, context.key)
         return (query or key) if context.kind == "self" else (query and key)
 
+    def is_half_reached(self, position: Position) -> bool:
+        """Whether positions are in the queries or in the keys of attention to another sequence."""
+        reach = self.reach[id(position)]
+        return any(
+            c.kind != "self" and self._enters(reach, c.query) != self._enters(reach, c.key) for c in self.contexts
+        )
+
+    def handed_in(self, contexts: Sequence[Attention]) -> list[Node]:
+        """Sums with an argument of the model that are in query and key of these attentions and not in their value."""
+        found: dict[ast.AST, Node] = {}
+        for context in contexts:
+            query, key, value = (ancestors(v) for v in (context.query, context.key, context.value))
+            for name, node in query.items():
+                if node.op == "add" and node.node is not None and name in key and name not in value:
+                    added = [strip_views(a) for a in node.args[:2]]
+                    if any(isinstance(a, Node) and a.op == "input" for a in added):
+                        found[node.node] = node
+        return list(found.values())
+
     def is_loose(self, position: Position) -> bool:
         """Whether positions are added by a class that nothing here constructs, and reach no attention."""
         module = position.frame.receiver

@@ -283,3 +283,42 @@ REFUSED["a_class_that_also_makes_queries_of_positions_alone"] = (
     ),
     "queries made of positions alone",
 )
+
+REFUSED["positions_that_the_caller_hands_in"] = (
+    whole(
+        """
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.tokens = nn.Embedding(WORDS, DIM)
+                self.attn, self.norm = nn.MultiheadAttention(DIM, HEADS, batch_first=True), nn.LayerNorm(DIM)
+
+            def placed(self, x, places):
+                return x if places is None else x + places
+
+            def forward(self, ids, places=None):
+                x = self.tokens(ids)
+                q = k = self.placed(x, places)
+                return self.norm(x + self.attn(q, k, x)[0])
+        """,
+    ),
+    "the caller hands in",
+)
+REFUSED["positions_in_keys_of_another_sequence_only"] = (
+    whole(
+        SINUSOID,
+        """
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.tokens, self.asked = nn.Embedding(WORDS, DIM), nn.Embedding(WORDS, DIM)
+                self.position = PositionalEncoding(DIM)
+                self.attn = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+
+            def forward(self, ids, others):
+                memory, x = self.position(self.tokens(ids)), self.asked(others)
+                return x + self.attn(x, memory, memory)[0]
+        """,
+    ),
+    "made of different data",
+)
