@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 TESTS ?=
+BENCH ?=
 N ?= 200
 
-.PHONY: demo test lint check bench fuzz clean
+.PHONY: demo test lint check bench bench-prismatic fuzz clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -23,6 +24,10 @@ check: lint test
 
 bench: $(READY)
 	$(BIN)/python benchmarks/check_speed.py
+
+# Prismatic routers against the published forms; about eight minutes on a GPU, an hour on two cores.
+bench-prismatic: $(READY)
+	$(BIN)/python benchmarks/prismatic.py --out build/prismatic $(BENCH)
 
 # Writes N legacy programs from the grammar in tests/grammar and applies every rule to each.
 fuzz: $(READY)

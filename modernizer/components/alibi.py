@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class ALiBi(nn.Module):
         self.head = head
         self.head_axis = head_axis
         self.folded = folded
+        self._slopes: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, scores: Tensor) -> Tensor:
         """Return the biased scores: same shape, same dtype. They must be scaled already, and not yet normalised."""
@@ -107,13 +108,10 @@ class ALiBi(nn.Module):
         if query_length > key_length:
             raise ValueError(f"{query_length} queries cannot be the last of {key_length} key positions")
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        slopes = alibi_slopes(heads)
-        if self.head is not None:
-            slopes = [slopes[self.head]]
         keys = torch.arange(key_length, device=device)
         queries = torch.arange(key_length - query_length, key_length, device=device)
         distance = (queries.unsqueeze(1) - keys).abs().to(wide)
-        bias = -torch.tensor(slopes, device=device, dtype=wide).view(-1, 1, 1) * distance
+        bias = -self._slopes_of(heads, distance.device, wide).view(-1, 1, 1) * distance
         return bias.to(dtype or torch.get_default_dtype())
 
     def attn_mask(
@@ -141,6 +139,22 @@ class ALiBi(nn.Module):
     def extra_repr(self) -> str:
         shown = {"num_heads": self.num_heads, "head": self.head, "folded": self.folded}
         return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles build their own table.
+        return {**self.__dict__, "_slopes": {}}
+
+    def _slopes_of(self, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """``[heads]``, or ``[1]`` where this serves one; kept, as a copy to a GPU waits for all work before it."""
+        key = (heads, device, dtype)
+        found = None if torch.compiler.is_compiling() else self._slopes.get(key)
+        if found is None:
+            slopes = alibi_slopes(heads)
+            with torch.inference_mode(False):  # slopes made while generating may be used in training
+                found = torch.tensor(slopes if self.head is None else [slopes[self.head]], device=device, dtype=dtype)
+            if not torch.compiler.is_compiling() and type(found) is Tensor:  # a fake tensor must not outlive its mode
+                self._slopes[key] = found
+        return found
 
     def _biased_folded(self, scores: Tensor) -> Tensor:
         heads = self._agreed_heads(None)

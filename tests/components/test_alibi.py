@@ -160,3 +160,11 @@ def test_compiled_is_eager() -> None:
     scores = rand(1, 6, 4, 5)
     compiled = torch.compile(ALiBi(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(scores), ALiBi()(scores))
+
+
+def test_kept_slopes_serve_training_and_are_not_copied() -> None:
+    alibi, scores = ALiBi(), rand(1, 6, 4, 5)
+    with torch.inference_mode():
+        alibi(scores)
+    alibi(scores.requires_grad_()).sum().backward()
+    assert alibi._slopes and not copy.deepcopy(alibi)._slopes
