@@ -20,6 +20,7 @@ FOLD: dict[str, Callable[[object, object], object]] = {
     "floordiv": operator.floordiv, "mod": operator.mod, "pow": operator.pow,
 }  # fmt: skip
 LARGEST = 10**12
+MAX_CONTAINERS = 8  # alternatives of one value that are followed each by itself
 
 
 def binary(m: Machine, frame: Frame, node: ast.AST, op: ast.operator, left: Value, right: Value) -> Value:
@@ -31,11 +32,24 @@ def binary(m: Machine, frame: Frame, node: ast.AST, op: ast.operator, left: Valu
             return folded
     if isinstance(left, Many) and isinstance(right, Many) and name == "add":
         return Many([*left.items, *right.items], left.kind, left.open or right.open, node)
+    if name == "add":  # `states = states + (x,)` behind a test
+        for one, other in ((left, right), (right, left)):
+            options = _containers(one)
+            if options and isinstance(other, Many | Node) and (isinstance(other, Many) or _containers(other)):
+                pairs = [(o, other) if one is left else (other, o) for o in options]
+                return m.merge([binary(m, frame, node, op, a, b) for a, b in pairs], node, frame)
     if name == "mul":
         for many, count in ((left, right), (right, left)):
             if isinstance(many, Many):
                 return repeated(many, count, node)
     return m.node(name, (left, right), node, frame)
+
+
+def _containers(value: Value) -> list[Value]:
+    """The alternatives of a merge of containers, none where it may be anything else."""
+    if not isinstance(value, Node) or value.op != "merge" or len(value.args) > MAX_CONTAINERS:
+        return []
+    return list(value.args) if all(isinstance(o, Many) for o in value.args) else []
 
 
 def fold(name: str, left: object, right: object) -> Const | None:
