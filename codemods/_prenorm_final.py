@@ -11,6 +11,7 @@ from codemods._prenorm_common import Impossible, defining, quoted, receiver_name
 from codemods._prenorm_sizes import Translator
 from modernizer.edit import AddImport, Edit, Insert, Replace
 from modernizer.graph import Graph
+from modernizer.graph.query import alternatives
 from modernizer.graph.values import Class, Frame, Many, Module, Node, Package, Value, flatten
 from modernizer.imports import Imports
 from modernizer.model_map.residual import Residual
@@ -170,7 +171,12 @@ def _carriers(graph: Graph, loop: ast.For | ast.While, frame: Frame, carried: se
             values = values_in(graph.machine, node, frame)
             if values:
                 found[node.id] = max([v for v in (found.get(node.id), values[-1]) if v is not None], key=_age)
-    return {name: value for name, value in found.items() if id(value) in carried}
+    return {name: value for name, value in found.items() if id(value) in carried and not _may_be_container(value)}
+
+
+def _may_be_container(value: Value) -> bool:
+    """Whether a value is a tuple or list in some case: it may hold the stream, it is not the stream."""
+    return any(isinstance(option, Many) for option in alternatives(value))
 
 
 def _age(value: Value) -> int:

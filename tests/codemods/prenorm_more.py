@@ -468,3 +468,29 @@ MORE["closure def"] = changed(
         "def attend(h):\n            return self.attn(h, h, h, mask)\n\n        x = self.wrap[0](x, attend)",
     ),
 )
+
+LOOP = "        for layer in self.layers:\n            x = layer(x, mask)\n        return self.head(x)\n"
+MORE["states and outputs in tuples that grow behind a flag"] = changed(
+    block("x = self.ln1(x + self.attn(x, x, x, mask))\nx = self.ln2(x + self.ff(x))\n"
+          "made = (x,)\nif self.show:\n    made = (mask,) + made\nreturn made"),
+    ("        self.attn = ", "        self.show = hidden == 0\n        self.attn = "),
+    ("        self.head =", "        self.show = vocab == 0\n        self.head ="),
+    (
+        LOOP,
+        """        states, masks = (), ()
+        for layer in self.layers:
+            if self.show:
+                states = states + (x,)
+            made = layer(x, mask)
+            x = made[-1]
+            if self.show:
+                masks = masks + (made[0],)
+        if self.show:
+            states = states + (x,)
+        result = (x,)
+        if self.show:
+            result = result + (states, masks)
+        return self.head(result[0])
+""",
+    ),
+)  # fmt: skip
