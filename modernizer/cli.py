@@ -193,6 +193,45 @@ def verify(
     raise SystemExit(0 if report.passed else 1)
 
 
+@main.command()
+@click.argument("source", metavar="OLD", type=click.Path(path_type=Path))
+@click.option("--output", "-o", "target", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--map", "maps", multiple=True, type=click.Path(path_type=Path), help="A weight map; several in order.")
+@click.option("--reverse", is_flag=True, help="Go back: from a checkpoint of the new model to one of the old.")
+def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool) -> None:
+    """Carry trained weights over: the checkpoint OLD becomes one that the rewritten model loads.
+
+    Takes .pt files (a state dict, or a larger checkpoint that holds one) and .safetensors. Without --map, the maps are
+    used that `apply` has recorded in the working folder or the nearest folder above that has any.
+    """
+    from modernizer.report import shown
+    from modernizer.weights import MapError
+    from modernizer.weights.recorded import FOLDER, recorded
+
+    used = list(maps) or recorded(Path.cwd())
+    if not used:
+        raise click.UsageError(f"no weight map: none is recorded in {FOLDER} here or above, so name one with --map")
+    try:
+        from modernizer.weights.checkpoint import CheckpointError
+        from modernizer.weights.migrate import load_maps
+        from modernizer.weights.migrate import migrate as carry_over
+    except ImportError as error:
+        raise click.UsageError('migrate needs PyTorch: pip install "modernizer[torch]"') from error
+    try:
+        checkpoint, carried = carry_over(source, target, load_maps(used), reverse=reverse)
+    except (MapError, CheckpointError) as error:
+        click.echo(click.style(f"error: {error}; nothing was written", fg="red"), err=True)
+        click.echo(f"    with {', '.join(map(shown, used))}{' backwards' if reverse else ''}", err=True)
+        raise SystemExit(2) from error
+    kept = len(carried.state) - len(carried.made)
+    click.echo(f"{shown(target)}: {len(carried.gone)} tensors became {len(carried.made)}, {kept} are as they were")
+    click.echo(f"    with {', '.join(map(shown, used))}{' backwards' if reverse else ''}")
+    if checkpoint.others:
+        click.echo(
+            f"    note: kept as it was: {', '.join(checkpoint.others)}; the state of an optimizer does not fit now"
+        )
+
+
 @main.command(name="rules")
 def list_rules() -> None:
     """List the rules, with what each promises."""

@@ -24,7 +24,8 @@ FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT 
 COMPONENTS = [path for path in FILES if path.is_relative_to("modernizer/components")]
 VERIFY = [path for path in FILES if path.is_relative_to("modernizer/verify")]  # partly a child process of its own
 CODEMODS = [path for path in FILES if path.is_relative_to("codemods")]
-ENGINE = [path for path in FILES if path not in COMPONENTS + VERIFY]
+TENSORS = [Path(f"modernizer/weights/{name}.py") for name in ("apply", "checkpoint", "migrate")]  # imported when used
+ENGINE = [path for path in FILES if path not in COMPONENTS + VERIFY + TENSORS]
 OPTIONAL = {
     "safetensors",
     "transformers",
@@ -90,8 +91,9 @@ def test_only_the_registry_imports_rules(path: Path) -> None:
         assert "codemods" not in packages(path)
 
 
-def test_the_parents_side_of_verify_runs_without_torch() -> None:
-    code = "import sys, modernizer.verify, modernizer.cli; print('torch' in sys.modules)"
+def test_commands_verify_and_weight_maps_are_imported_without_torch() -> None:
+    code = "import sys, modernizer.cli, modernizer.verify, modernizer.weights.recorded, modernizer.weights.resolve\n"
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -1,0 +1,82 @@
+"""Carries tensors over by a weight map: those it speaks of are joined and cut, all others are handed on as they are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modernizer.weights.maps import MapError, WeightMap
+from modernizer.weights.resolve import Move, resolve
+
+
+@dataclass
+class Carried:
+    """A new state dict, and the names that are gone from the old one and new in this one."""
+
+    state: OrderedDict[str, Any]
+    gone: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
+
+
+def carry(weights: WeightMap, state: Mapping[str, Any]) -> Carried:
+    """The state dict of the rewritten model from that of the old one.
+
+    Values stay bit for bit: they are only joined and cut. What is no tensor stays where it is; tensors that share
+    memory in the old state (tied weights) do in the new one.
+
+    Raises:
+        MapError: the map does not fit; the tensor is named.
+    """
+    old = dict(state)
+    for groups in weights.stages:
+        shapes = {name: tuple(value.shape) for name, value in old.items() if isinstance(value, Tensor)}
+        done: dict[object, list[Tensor]] = {}
+        new: dict[str, Any] = {}
+        moves = {move.old[0]: move for move in resolve(groups, shapes)}
+        for name, value in old.items():
+            if name in moves:
+                new.update(zip(moves[name].new, _moved(moves[name], old, done), strict=True))
+            elif name not in shapes:
+                new[name] = value
+        old = new
+    result = OrderedDict(old)
+    if hasattr(state, "_metadata"):  # the versions of torch's modules, by which old checkpoints are read
+        result._metadata = state._metadata  # type: ignore[attr-defined]
+    return Carried(result, [n for n in state if n not in result], [n for n in result if n not in state])
+
+
+def _moved(move: Move, state: Mapping[str, Any], done: dict[object, list[Tensor]]) -> list[Tensor]:
+    parts: list[Tensor] = [state[name] for name in move.old]
+    if len(move.old) == len(move.new) == 1:
+        return parts
+    key = (tuple(map(_memory, parts)), move.axis, move.sizes)
+    if key not in done:
+        done[key] = [_joined(move, parts)] if len(move.new) == 1 else _cut(move, parts[0])
+    return done[key]
+
+
+def _joined(move: Move, parts: list[Tensor]) -> Tensor:
+    for name, part in zip(move.old, parts, strict=True):
+        if part.dtype != parts[0].dtype:  # joining would change the values of one of them
+            raise MapError(f"{name}: is {_short(part)}, while {move.old[0]} is {_short(parts[0])}")
+    with torch.no_grad():
+        return torch.cat([part.detach() for part in parts], move.axis)
+
+
+def _cut(move: Move, whole: Tensor) -> list[Tensor]:
+    # Copies, so that one part does not drag the memory of all with it into a file.
+    parts = torch.split(whole.detach(), list(move.sizes), move.axis)
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

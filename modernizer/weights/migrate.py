@@ -1,0 +1,36 @@
+"""`modernize migrate`: one checkpoint becomes another by the maps that upgrades have left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modernizer.weights.apply import Carried, carry
+from modernizer.weights.checkpoint import Checkpoint, CheckpointError, read, write
+from modernizer.weights.maps import MapError, WeightMap, compose
+
+
+def load_maps(paths: Sequence[Path]) -> WeightMap:
+    """The maps in these files as one, in their order. Raises MapError, which names the file."""
+    maps: list[WeightMap] = []
+    for path in paths:
+        try:
+            maps.append(WeightMap.from_json(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, MapError) as error:
+            raise MapError(f"{path}: {error}") from error
+    return compose(maps)
+
+
+def migrate(source: Path, target: Path, weights: WeightMap, *, reverse: bool = False) -> tuple[Checkpoint, Carried]:
+    """Writes to `target` what `source` becomes by the map, or by its inverse.
+
+    Raises:
+        MapError: the map does not fit the tensors.
+        CheckpointError: a file cannot be read or written. In either case nothing has been written.
+    """
+    if target.exists() and source.exists() and target.samefile(source):
+        raise CheckpointError(f"{target}: is the old checkpoint; name another file")
+    checkpoint = read(source)
+    carried = carry(weights.inverted() if reverse else weights, checkpoint.state)
+    write(target, checkpoint, carried.state)
+    return checkpoint, carried
