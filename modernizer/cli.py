@@ -336,7 +336,7 @@ def _print_report(report: Report, style: str, *, with_diff: bool = False) -> NoR
 
 
 def _print_lines(report: Report, *, to_stderr: bool) -> None:
-    from modernizer.report import Status, site_lines, summary_line
+    from modernizer.report import Status, shown, site_lines, summary_line
 
     for site in report.sites:
         if report.command == "check" and site.status is Status.MODERN:
@@ -346,6 +346,8 @@ def _print_lines(report: Report, *, to_stderr: bool) -> None:
     if report.verification and report.verification.passed:
         click.echo(str(report.verification), err=to_stderr)
     _print_trouble(report)
+    if report.weight_map:
+        click.echo(f"weights: {shown(report.weight_map)} (modernize migrate OLD -o NEW carries checkpoints over by it)")
     click.echo(summary_line(report), err=to_stderr)
 
 

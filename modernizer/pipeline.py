@@ -20,10 +20,11 @@ from modernizer.report import (
     shown,
     upgrade_site,
 )
-from modernizer.rounds import Placed, in_order, plan, run_to_fixpoint, within_named
+from modernizer.rounds import Ledger, Placed, in_order, plan, run_to_fixpoint, within_named
 from modernizer.rule import Rule
 from modernizer.source import Location
 from modernizer.transaction import Change, TransactionError, recover, write_all
+from modernizer.weights.recorded import home_of, next_map
 
 Step = Callable[[Report], None]
 
@@ -51,11 +52,14 @@ def upgrade(
         ledger = run_to_fixpoint(start, in_order(rules), options, report.problems)
         report.changes = _changes(start.project, ledger.state.project)
         report.sites = _sites(ledger.sites, start.project, Status.PLANNED)
+        report.weights = ledger.weights if ledger.maps else None
         for step in steps if report.changes else ():
             step(report)
         if write and report.changes:
-            write_all([_to_write(change) for change in report.changes])
+            maps = _weight_maps(ledger)
+            write_all([_to_write(change) for change in [*report.changes, *maps]])
             report.written = True
+            report.weight_map = next((change.path for change in maps), None)
             report.sites = _sites(ledger.sites, ledger.state.project, Status.DONE)
     except Objection as error:
         report.remarks.append(str(error))
@@ -83,6 +87,15 @@ def check(paths: Sequence[Path], rules: Sequence[Rule], options: Mapping[str, bo
 def _changes(old: Project, new: Project) -> list[FileChange]:
     pairs = [(path, old.source(path), new.source(path)) for path in new.named]
     return [FileChange(path, a, b.text) for path, a, b in pairs if a and b and a.text != b.text]
+
+
+def _weight_maps(ledger: Ledger) -> list[FileChange]:
+    """The file that records how checkpoints are carried over, if there is anything to carry."""
+    if not ledger.maps:
+        return []
+    rules = list(dict.fromkeys(rule.name for rule, _ in ledger.maps))
+    home = home_of(ledger.state.project.named, Path.cwd())
+    return [FileChange(next_map(home, rules), None, ledger.weights.to_json(rules))]
 
 
 def _to_write(change: FileChange) -> Change:

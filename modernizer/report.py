@@ -17,6 +17,7 @@ from modernizer.source import Location, SourceFile
 if TYPE_CHECKING:
     from modernizer.model_map import Role
     from modernizer.verify import VerifyReport
+    from modernizer.weights import WeightMap
 
 SCHEMA = 1  # of the JSON object; a change that could break its readers raises it
 
@@ -73,7 +74,10 @@ class Objection(Exception):
 
 @dataclass
 class Report:
-    """The result of one run of `apply` or `check`. `written` says whether the changes are on disk."""
+    """The result of one run of `apply` or `check`. `written` says whether the changes are on disk.
+
+    `weights` is how a checkpoint is carried over, None where every old one still loads; `weight_map` the file with it.
+    """
 
     command: str
     sites: list[Site] = field(default_factory=list)
@@ -82,6 +86,8 @@ class Report:
     remarks: list[str] = field(default_factory=list)
     written: bool = False
     verification: VerifyReport | None = None
+    weights: WeightMap | None = None
+    weight_map: Path | None = None
 
     @property
     def exit_code(self) -> int:
@@ -161,6 +167,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "exit_code": report.exit_code,
         "written": report.written,
         "changed": [shown(change.path) for change in report.changes],
+        "weight_map": shown(report.weight_map) if report.weight_map else None,
         "sites": [_site_json(site) for site in report.sites],
         "errors": [
             {"path": shown(problem.path) if problem.path else None, "rule": problem.rule, "message": problem.message}

@@ -12,6 +12,7 @@ from modernizer.project import Project
 from modernizer.reading import OURS, State, crash, narrowed, read_state
 from modernizer.report import Problem, Site, Status, plan_sites, refused_site, shown, upgrade_site
 from modernizer.rule import Plan, Rule, Upgrade
+from modernizer.weights import WeightMap, compose, together
 
 MAX_ROUNDS = 8  # far more than any rule needs: one that still finds work then is changing its own output
 
@@ -33,9 +34,15 @@ class Ledger:
     modern: dict[str, list[Placed]] = field(default_factory=dict)
     refused: dict[str, list[Placed]] = field(default_factory=dict)
     seen: dict[str, State] = field(default_factory=dict)
+    maps: list[tuple[Rule, WeightMap]] = field(default_factory=list)  # in the order in which they were made
 
     def is_settled(self, rule: Rule) -> bool:
         return self.seen.get(rule.name) is self.state
+
+    @property
+    def weights(self) -> WeightMap:
+        """How a checkpoint of the program as it was becomes one of the program as it is."""
+        return compose(weights for _, weights in self.maps)
 
     @property
     def sites(self) -> list[Placed]:
@@ -107,6 +114,8 @@ def _run(rule: Rule, ledger: Ledger, options: Mapping[str, bool], problems: list
     own = [Placed(site, before.project) for site in [*plan_sites(rule, planned), *outside, *outcome.refused]]
     ledger.state = outcome.state
     ledger.seen[rule.name] = before
+    maps = [upgrade.weights for upgrade in outcome.applied if upgrade.weights]
+    ledger.maps += [(rule, together(maps))] if maps else []
     ledger.done += [Placed(upgrade_site(Status.DONE, rule, done), before.project) for done in outcome.applied]
     ledger.refused[rule.name] = [placed for placed in own if placed.site.status is Status.REFUSED]
     # Later rounds see what this rule has made as modern too; only what was so before it is worth a line.

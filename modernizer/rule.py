@@ -12,6 +12,7 @@ from modernizer.source import Location
 
 if TYPE_CHECKING:
     from modernizer.model_map import ModelMap
+    from modernizer.weights import WeightMap
 
 
 class Effect(enum.Enum):
@@ -46,6 +47,7 @@ class Upgrade:
     summary: str  # what is legacy here and what becomes of it, in one sentence
     edits: tuple[Edit, ...]
     notes: tuple[str, ...] = ()  # what the user should know or do afterwards
+    weights: WeightMap | None = None  # how a trained checkpoint becomes one of the rewritten model
 
 
 @dataclass(frozen=True)

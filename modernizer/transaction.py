@@ -27,7 +27,9 @@ class TransactionError(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """New bytes for one file. `old` is what was read from it, None where the file is to be created."""
+    """New bytes for one file. `old` is what was read from it, None where the file is to be created, and its folder
+    with it where there is none.
+    """
 
     path: Path
     old: bytes | None
@@ -60,7 +62,7 @@ def write_all(changes: Sequence[Change]) -> None:
     entries = [_Entry(change.path, _digest(change.old)) for change in changes]
     journal = _journal_folder([entry.target for entry in entries]) / JOURNAL
     try:
-        with _locked(journal, os.O_CREAT | os.O_EXCL) as descriptor:
+        with _folders(changes), _locked(journal, os.O_CREAT | os.O_EXCL) as descriptor:
             _write(changes, entries, journal, descriptor)
     except OSError as error:
         raise TransactionError(f"nothing was written: {error}") from error
@@ -117,8 +119,29 @@ def _check(change: Change) -> None:
             raise TransactionError(f"{path}: changed on disk since it was read; nothing was written")
         if not _is_writable(path):
             raise TransactionError(f"{path}: is read-only; nothing was written")
-    if not _is_writable(path.parent):
-        raise TransactionError(f"{path.parent}: is a read-only folder; nothing was written")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not _is_writable(folder):
+        raise TransactionError(f"{folder}: is a read-only folder; nothing was written")
+
+
+@contextlib.contextmanager
+def _folders(changes: Sequence[Change]) -> Iterator[None]:
+    """Makes the folders of files that are to be created; those it made go again where the write fails."""
+    made: list[Path] = []
+    try:
+        for change in changes:
+            missing = [f for f in (change.path.parent, *change.path.parent.parents) if not f.exists()]
+            for folder in reversed(missing):
+                folder.mkdir()
+                made.append(folder)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # somebody has put something into it
+                folder.rmdir()
+        raise
 
 
 def _is_writable(path: Path) -> bool:

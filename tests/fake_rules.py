@@ -13,6 +13,7 @@ from modernizer.model_map import ModelMap
 from modernizer.project import Project
 from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
 from modernizer.source import SourceFile
+from modernizer.weights import WeightMap
 
 
 def fake_map(project: Project) -> Any:
@@ -44,9 +45,10 @@ class Rename(Rule):
         after: Sequence[str] = (),
         review: Callable[[Sequence[Upgrade]], str] = lambda upgrades: "",
         also: Callable[[SourceFile, ast.Name], Sequence[Edit]] = lambda source, node: (),
+        weights: WeightMap | None = None,
     ) -> None:
         self.name, self.old, self.new, self.after = name, old, new, after  # type: ignore[misc]
-        self._review, self._also = review, also
+        self._review, self._also, self._weights = review, also, weights
         self.plans = 0
         self.options_seen: dict[str, bool] = {}
 
@@ -61,6 +63,7 @@ class Rename(Rule):
                     f"{self.old} becomes {self.new}",
                     (Replace(source.path, node, self.new), *self._also(source, node)),
                     ("look at it again",),
+                    self._weights,
                 )
                 for source, node in names(project, self.old)
             ],

@@ -87,6 +87,7 @@ class TestApply:
             "exit_code": 2,
             "written": True,
             "changed": ["a.py"],
+            "weight_map": None,
             "sites": [
                 {
                     "status": "done",

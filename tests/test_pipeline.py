@@ -18,6 +18,7 @@ from modernizer.rounds import in_order
 from modernizer.rule import Upgrade
 from modernizer.source import SourceFile
 from modernizer.transaction import JOURNAL
+from modernizer.weights import Concat, Group, WeightMap, compose
 
 
 @pytest.fixture(autouse=True)
@@ -352,3 +353,77 @@ def test_diff_says_where_the_last_line_has_no_end(tmp_path: Path) -> None:
     assert "".join(diff_lines(change)).split("\n", 2)[2] == (
         "@@ -1,2 +1,2 @@\n a = 1\r\n-x = old\n\\ No newline at end of file\n+x = new\n\\ No newline at end of file\n"
     )
+
+
+class TestWeightMaps:
+    JOINED = WeightMap.of(Group("Net", (Concat(("a", "b"), "ab"),)))
+    MOVED = WeightMap.of(Group("Net", (Concat(("ab",), "c"),)))
+
+    @pytest.fixture(autouse=True)
+    def here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+
+    def recorded(self, folder: Path) -> list[str]:
+        return sorted(path.name for path in folder.glob(".modernizer/weights/*"))
+
+    def test_is_written_with_the_files_and_numbered(self, tmp_path: Path) -> None:
+        for number, name in enumerate(["first", "second"], start=1):
+            paths = write(tmp_path, **{name: "x = old\n"})
+            report = pipeline.upgrade(paths, [Rename(weights=self.JOINED)], {})
+            assert report.weight_map == tmp_path / ".modernizer" / "weights" / f"000{number}-rename.json"
+            assert [change.path for change in report.changes] == paths
+            assert report.weight_map.read_text() == self.JOINED.to_json(["rename"])
+        assert self.recorded(tmp_path) == ["0001-rename.json", "0002-rename.json"]
+
+    def test_a_run_that_finds_nothing_leaves_none(self, tmp_path: Path) -> None:
+        rule = Rename(weights=self.JOINED)
+        paths = write(tmp_path, a="x = old\n")
+        pipeline.upgrade(paths, [rule], {})
+        pipeline.upgrade(paths, [rule], {})
+        assert self.recorded(tmp_path) == ["0001-rename.json"]
+
+    @pytest.mark.parametrize(
+        ("rule", "written"),
+        [
+            (Rename(), True),
+            (Rename(weights=JOINED, review=lambda upgrades: "not what was promised"), True),
+            (Rename(weights=JOINED), False),
+        ],
+        ids=["no map", "upgrade dropped", "not written"],
+    )
+    def test_there_is_none(self, tmp_path: Path, rule: Rename, written: bool) -> None:
+        report = pipeline.upgrade(self.paths(tmp_path), [rule], {}, write=written)
+        assert self.recorded(tmp_path) == []
+        assert report.weight_map is None
+
+    def paths(self, folder: Path) -> list[Path]:
+        return write(folder, a="x = old\n")
+
+    def test_those_of_several_rules_are_one_in_their_order(self, tmp_path: Path) -> None:
+        rules = [Rename(weights=self.JOINED), Rename("more", "new", "newer", ("rename",), weights=self.MOVED)]
+        report = pipeline.upgrade(self.paths(tmp_path), rules, {})
+        assert report.weights == compose([self.JOINED, self.MOVED])
+        assert self.recorded(tmp_path) == ["0001-rename+more.json"]
+
+    def test_what_several_upgrades_of_one_run_say_alike_is_said_once(self, tmp_path: Path) -> None:
+        report = pipeline.upgrade(write(tmp_path, a="x = old\ny = old\n"), [Rename(weights=self.JOINED)], {})
+        assert report.weights == self.JOINED
+
+    @pytest.mark.parametrize(("marker", "home"), [("", "a/b"), ("pyproject.toml", "a")])
+    def test_files_elsewhere_keep_it_in_their_project(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marker: str, home: str
+    ) -> None:
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        (tmp_path / "elsewhere").mkdir()
+        if marker:
+            (tmp_path / "a" / marker).touch()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        pipeline.upgrade(self.paths(tmp_path / "a" / "b"), [Rename(weights=self.JOINED)], {})
+        assert self.recorded(tmp_path / home) == ["0001-rename.json"]
+        assert self.recorded(tmp_path / "elsewhere") == []
+
+    def test_a_rule_that_is_left_out_leaves_none(self, tmp_path: Path) -> None:
+        restless = Rename("restless", "old", "old + old", weights=self.JOINED)
+        report = pipeline.upgrade(self.paths(tmp_path), [restless], {})
+        assert report.exit_code == 2
+        assert self.recorded(tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -34,17 +35,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def whole_change(folder: Path) -> list[Change]:
-    """Two files replaced in different folders and one created."""
+    """Two files replaced in different folders, one created, and one in a folder that is not there yet."""
     return [
         change(folder / "a.py", b"new a\n"),
         change(folder / "sub" / "b.py", b"new b\n"),
         change(folder / "sub" / "c.py", b"new c\n"),
+        change(folder / ".new" / "deep" / "d.json", b"{}\n"),
     ]
 
 
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-NEW = {"a.py": b"new a\n", "sub/b.py": b"new b\n", "sub/c.py": b"new c\n"}
+NEW = {"a.py": b"new a\n", "sub/b.py": b"new b\n", "sub/c.py": b"new c\n", ".new/deep/d.json": b"{}\n"}
 
 
 def test_writes_every_file_and_leaves_nothing_else(folder: Path) -> None:
@@ -80,8 +82,16 @@ def test_link_stays_and_its_target_is_written(folder: Path) -> None:
         (lambda folder: (folder / "sub" / "b.py").write_bytes(b"newer"), "b.py: changed on disk"),
         (lambda folder: (folder / "sub" / "b.py").unlink(), "b.py: No such file"),
         (lambda folder: (folder / "sub" / "c.py").write_bytes(b"mine"), "c.py: is in the way"),
+        (lambda folder: (folder / ".new").write_bytes(b"mine"), "nothing was written: .*Not a directory"),
     ],
-    ids=["read-only file", "read-only folder", "changed meanwhile", "gone meanwhile", "new file exists"],
+    ids=[
+        "read-only file",
+        "read-only folder",
+        "changed meanwhile",
+        "gone meanwhile",
+        "new file exists",
+        "file instead of a folder",
+    ],
 )
 def test_obstacle_is_named_and_nothing_is_written(folder: Path, spoil: Callable[[Path], Any], says: str) -> None:
     changes = whole_change(folder)
@@ -106,6 +116,7 @@ def test_failing_rename_is_undone(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(TransactionError, match=r"nothing was written: .*Input/output error"):
         write_all(whole_change(folder))
     assert tree(folder) == before
+    assert not (folder / ".new").exists()
 
 
 def test_interrupt_from_the_keyboard_is_undone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,10 +168,12 @@ def killed_at(line: int, action: Callable[[], object]) -> bool:
 
 
 def restore(folder: Path, state: dict[str, bytes]) -> None:
+    shutil.rmtree(folder / ".new", ignore_errors=True)
     for path in folder.rglob("*"):
         if path.is_file():
             path.unlink()
     for name, data in state.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
 
 

@@ -125,6 +125,16 @@ def compose(maps: Iterable[WeightMap]) -> WeightMap:
     return WeightMap(tuple(stage for item in maps for stage in item.stages))
 
 
+def together(maps: Iterable[WeightMap]) -> WeightMap:
+    """One map of upgrades that were made at the same time. What several of them say is said once."""
+    stages: list[dict[Group, None]] = []
+    for item in maps:
+        stages += [{} for _ in item.stages[len(stages) :]]
+        for stage, groups in zip(stages, item.stages, strict=False):
+            stage.update(dict.fromkeys(groups))
+    return WeightMap(tuple(map(tuple, stages)))
+
+
 def _group_data(group: Group) -> dict[str, Any]:
     data: dict[str, Any] = {"class": group.owner, "steps": []}
     for step in group.steps:
