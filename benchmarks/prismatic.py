@@ -37,7 +37,6 @@ from modernizer.components.prismatic import Router, decoding, modify_expert_grad
 
 SYMBOLS = 87
 DOMAINS = ("text", "copy")
-BALANCE = 0.01  # weight of the balance loss
 PUBLISHED: dict[str, Any] = {"merge": "weights", "routing": "batch", "rank": None, "noise": 0.0}
 TARGETS = {  # of the default: what it is compared with, and the limit
     "concentration": ("below", 0.9),
@@ -62,6 +61,7 @@ class Setting:
     length: int = 64
     batch: int = 32  # sequences, half of each domain
     rate: float = 3e-3
+    balance: float = 0.01  # weight of the default's balance loss
     threads: int = 0  # on the CPU; 0 for what torch takes
     others: dict[str, Any] = field(default_factory=dict)  # for Prismatic, in place of the variant's own
 
@@ -209,7 +209,7 @@ def train(setting: Setting) -> dict[str, Any]:
         inputs, targets = task.batch(step)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         if setting.variant == "default":
-            loss = loss + BALANCE * prismatic_loss(model)
+            loss = loss + setting.balance * prismatic_loss(model)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if setting.variant == "v2 gradient phases":
@@ -488,13 +488,15 @@ def main() -> int:
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="some of them"
     )
     parser.add_argument("--jobs", type=int, help="runs at a time; 6 on a GPU, 1 on the CPU")
+    parser.add_argument("--balance", type=float, default=Setting.balance, help="weight of the balance loss")
+    parser.add_argument("--set", type=json.loads, default={}, help='settings of the routed variants: {"noise": 0.5}')
     parser.add_argument("--no-costs", action="store_true", help="train only")
     given = parser.parse_args()
     start = time.perf_counter()
     jobs = given.jobs or (1 if given.device == "cpu" else 6)
     threads = 1 if jobs > 1 else 0
     settings = [
-        Setting(variant, seed, given.steps, given.device, threads=threads)
+        Setting(variant, seed, given.steps, given.device, balance=given.balance, threads=threads, others=given.set)
         for seed in range(given.seeds)
         for variant in given.variants
     ]

@@ -97,11 +97,13 @@ class ALiBi(nn.Module):
         key_length: int,
         *,
         num_heads: int | None = None,
+        is_causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The bias ``[heads, query_length, key_length]``, for ``attn_mask`` (one head where this module serves one).
 
+        Where ``is_causal``, it is ``-inf`` at keys behind their query; the queries are the last of the positions.
         Distances and slopes are multiplied in float32, or in ``dtype`` where it is wider.
         """
         heads = self._agreed_heads(num_heads)
@@ -111,6 +113,8 @@ class ALiBi(nn.Module):
         keys = torch.arange(key_length, device=device)
         queries = torch.arange(key_length - query_length, key_length, device=device)
         distance = (queries.unsqueeze(1) - keys).abs().to(wide)
+        if is_causal and query_length > 1:
+            distance = distance.masked_fill(keys > queries.unsqueeze(1), float("inf"))
         bias = -self._slopes_of(heads, distance.device, wide).view(-1, 1, 1) * distance
         return bias.to(dtype or torch.get_default_dtype())
 

@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
         groups = self.num_heads // self.num_kv_heads
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        outs = [self._attend(_known(kind), query, key, value, attn_mask) for kind in pos_types]
+        outs = self._attend([_known(kind) for kind in pos_types], query, key, value, attn_mask)
         if shares is None:
             (mixed,) = outs
         else:
@@ -130,30 +130,65 @@ class SelfAttention(nn.Module):
         heads: Sequence[Tensor] = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return heads
 
-    def _attend(self, kind: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
-        if kind == "mixed":
-            half = (self.num_heads + 1) // 2
-            masks = (attn_mask, attn_mask)
-            if attn_mask is not None and attn_mask.dim() >= 3 and attn_mask.shape[-3] == self.num_heads > 1:
-                masks = (attn_mask[..., :half, :, :], attn_mask[..., half:, :, :])
-            parts = [self._attend("rope", query[:, :half], key[:, :half], value[:, :half], masks[0])]
-            if half < self.num_heads:
-                parts.append(self._attend("alibi", query[:, half:], key[:, half:], value[:, half:], masks[1]))
-            return torch.cat(parts, dim=1)
+    def _attend(
+        self, kinds: Sequence[str], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+    ) -> Sequence[Tensor]:
+        """What each operation gives, ``[batch, heads, time, head_dim]``."""
+        calls = []
+        for part, heads in (part for kind in kinds for part in self._parts(kind)):
+            mask = attn_mask
+            if mask is not None and mask.dim() >= 3 and mask.shape[-3] == self.num_heads:
+                mask = mask[..., heads, :, :]
+            calls.append(self._operands(part, query[:, heads], key[:, heads], value[:, heads], mask))
+        if query.shape[-2] == 1 and len(calls) > 1:
+            return self._at_once(calls).chunk(len(kinds), dim=1)
+        outs = iter([self._sdpa(*call) for call in calls])
+        own = [[next(outs) for _ in self._parts(kind)] for kind in kinds]
+        return [torch.cat(found, dim=1) if len(found) > 1 else found[0] for found in own]
+
+    def _parts(self, kind: str) -> Sequence[tuple[str, slice]]:
+        """The operation of each group of heads."""
+        half = (self.num_heads + 1) // 2
+        if kind != "mixed" or half == self.num_heads:
+            return [("rope" if kind == "mixed" else kind, slice(0, self.num_heads))]
+        return [("rope", slice(0, half)), ("alibi", slice(half, self.num_heads))]
+
+    def _operands(
+        self, kind: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query and key with their positions, value, and a mask with all that ``is_causal`` of SDPA does not say."""
         queries, keys = query.shape[-2], key.shape[-2]
         if kind == "rope":
             query, key = self.rotary(query, offset=keys - queries), self.rotary(key)
-        mask, hint = attn_mask, False
+        mask = attn_mask
         if kind == "alibi":
-            bias = self.alibi.bias(queries, keys, num_heads=query.shape[1], device=query.device, dtype=query.dtype)
+            bias = self.alibi.bias(
+                queries,
+                keys,
+                num_heads=query.shape[1],
+                is_causal=self.is_causal,
+                device=query.device,
+                dtype=query.dtype,
+            )
             mask = bias if mask is None else _joined(bias, mask)
-        if self.is_causal and queries > 1:
-            hint = mask is None and queries == keys
-            if not hint:
-                seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-                mask = seen if mask is None else _joined(mask, seen)
+        elif self.is_causal and queries > 1 and (mask is not None or queries != keys):
+            seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+            mask = seen if mask is None else _joined(mask, seen)
+        return query, key, value, mask
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        hint = mask is None and self.is_causal and query.shape[-2] > 1
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=hint)
+
+    def _at_once(self, calls: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor:
+        """All calls as one of more heads: a single query keeps few cores of a GPU busy, and each call takes as long."""
+        masks = []
+        for query, key, _, mask in calls:
+            floats = query.new_zeros(()) if mask is None else _joined(query.new_zeros(()), mask)
+            masks.append(floats.expand(len(query), query.shape[1], 1, key.shape[-2]))
+        query, key, value = (torch.cat([call[i] for call in calls], dim=1) for i in range(3))  # type: ignore[misc]
+        return self._sdpa(query, key, value, torch.cat(masks, dim=1))
 
 
 def _known(pos_type: str) -> str:

@@ -168,3 +168,9 @@ def test_kept_slopes_serve_training_and_are_not_copied() -> None:
         alibi(scores)
     alibi(scores.requires_grad_()).sum().backward()
     assert alibi._slopes and not copy.deepcopy(alibi)._slopes
+
+
+def test_causal_bias_blocks_later_keys_alone() -> None:
+    plain, causal = ALiBi().bias(3, 5, num_heads=4), ALiBi().bias(3, 5, num_heads=4, is_causal=True)
+    seen = torch.ones(3, 5, dtype=torch.bool).tril(2).expand(4, 3, 5)
+    assert torch.equal(causal[seen], plain[seen]) and (causal[~seen] == float("-inf")).all()

@@ -200,6 +200,7 @@ def test_losses_and_reports_of_a_model() -> None:
     assert {"routing/entropy", "gradients/expert_1_norm"} <= after_backward(
         model, gradient_phases=True, report=True
     ).keys()
+    torch.testing.assert_close(prismatic_loss(model), prismatic_loss(model[0]) + prismatic_loss(model[1]))
     assert prismatic_metrics(model).keys() == model[0].metrics().keys()
 
 
@@ -234,3 +235,20 @@ def test_attention_with_and_without_a_cache(kind: str) -> None:
     attention, x, cache = SelfAttention(16, 4, num_kv_heads=2, pos_type=kind).double(), rand(2, 6, 16), Cache()
     parts = [attention(part, cache=cache) for part in (x[:, :3], x[:, 3:4], x[:, 4:])]
     torch.testing.assert_close(torch.cat(parts, 1), attention(x))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("floats", [False, True])
+def test_one_query_gives_what_it_gives_among_many(heads: int, floats: bool) -> None:
+    attention, x, cache = SelfAttention(16, 4).double(), rand(2, 6, 16), Cache()
+    mask, shares = torch.ones(heads, 6, 6, dtype=torch.bool).tril(), rand(2, 6, 3).softmax(-1)
+    mask[..., 2] = False
+    mask[..., 2, 2] = True
+    if floats:
+        mask = torch.where(mask, rand(heads, 6, 6), float("-inf"))
+    kinds = ("alibi", "mixed", "rope")
+    parts = [
+        attention.mixed(x[:, i : i + 1], kinds, shares[:, i : i + 1], mask[:, i : i + 1, : i + 1], cache=cache)
+        for i in range(6)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), attention.mixed(x, kinds, shares, mask))

@@ -43,10 +43,10 @@ class _Experts(nn.Linear):
 
 
 class LowRankExperts(_Experts):
-    """A linear layer of N experts ``W + up_i @ down_i``, of which every position uses its own mixture.
+    """A linear layer of N experts ``W + up_i.T @ down_i``, of which every position uses its own mixture.
 
     Because the layer is linear, mixing outputs is merging weights: position t multiplies by
-    ``W + sum_i p_i(t) up_i @ down_i``, at the price of two thin products. ``up`` starts at zero and ``down`` differs
+    ``W + sum_i p_i(t) up_i.T @ down_i``, at the price of two thin products. ``up`` starts at zero and ``down`` differs
     between experts: the layer is the original one exactly, and the experts part ways with the first step.
 
     Args:
@@ -61,7 +61,7 @@ class LowRankExperts(_Experts):
         self.weight, self.bias = linear.weight, linear.bias
         device, dtype = linear.weight.device, linear.weight.dtype
         self.down = nn.Parameter(torch.empty(num_experts, rank, self.in_features, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.zeros(num_experts, self.out_features, rank, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.zeros(num_experts, rank, self.out_features, device=device, dtype=dtype))
         bound = math.sqrt(3 / self.in_features)
         nn.init.uniform_(self.down, -bound, bound)
 
@@ -76,10 +76,10 @@ class LowRankExperts(_Experts):
         inner = F.linear(x, self.down.flatten(0, 1))
         inner = inner.reshape(*inner.shape[:-1], *self.down.shape[:2])
         inner = (inner * weights.to(inner.dtype).unsqueeze(-1)).flatten(-2)
-        return out + F.linear(inner, self.up.transpose(0, 1).flatten(1))
+        return out + inner @ self.up.flatten(0, 1)
 
     def merged(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        deviations = merge_weights(self.up @ self.down, weights)
+        deviations = merge_weights(self.up.transpose(-2, -1) @ self.down, weights)
         bias = None if self.bias is None else self.bias.expand(len(weights), -1)
         return self.weight + deviations, bias
 

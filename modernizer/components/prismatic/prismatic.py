@@ -33,7 +33,7 @@ class Prismatic(nn.Module):
     The linear layers of ``expert`` become layers of N experts; its other parameters are shared. Expert i computes the
     operation ``architectures[i % len(architectures)]``, given to the expert's forward as ``pos_type``.
 
-    In the default form position t routes by the mean of the inputs up to t, multiplies by ``W + sum_i p_i(t) up_i
+    In the default form position t routes by the mean of the inputs up to t, multiplies by ``W + sum_i p_i(t) up_i.T
     down_i``, and adds up the outputs of the distinct operations by their total weight: no position sees a later one, no
     row another, and the router has a gradient. With one architecture it is exactly ``expert`` at first.
 
@@ -90,7 +90,7 @@ class Prismatic(nn.Module):
         parameter = next(self.expert.parameters())
         self.router.to(device=parameter.device, dtype=parameter.dtype)
         self.balance: Tensor | None = None
-        self._statistics: Tensor | None = None
+        self._weights: Tensor | None = None  # of the last call
         self._decoding: str = ""  # "prompt" (freeze after the next call), "frozen", "carried"
         self._past: tuple[Tensor, Tensor] | None = None
         self._frozen_weights: Tensor | None = None
@@ -127,7 +127,7 @@ class Prismatic(nn.Module):
                 raise ValueError(f"frozen for a batch of {len(weights)} prompts, not for an input of {tuple(x.shape)}")
         else:
             weights, state = self.router(x if self.batch_first else x.transpose(0, 1), padding_mask, self._past)
-            self._statistics = routing_statistics(weights)
+            self._weights = weights.detach()
             self.balance = balance_loss(weights) if self.training else None
             if self._decoding:
                 self._after_prompt(weights, state)
@@ -140,7 +140,7 @@ class Prismatic(nn.Module):
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the last call, see ``routing_metrics``; empty before it. Reading them waits for the device."""
-        return {} if self._statistics is None else dict(routing_metrics(self._statistics))
+        return {} if self._weights is None else dict(routing_metrics(routing_statistics(self._weights)))
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """The parameters that are stacked ``[N, ...]``."""
@@ -169,7 +169,7 @@ class Prismatic(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last call left behind belongs to it: it may hold a graph, which cannot be copied.
-        return {**self.__dict__, "balance": None, "_statistics": None}
+        return {**self.__dict__, "balance": None, "_weights": None}
 
     def _with_experts(self, expert: nn.Module | Callable[[], nn.Module]) -> tuple[nn.Module, int]:
         count, rank = self.settings.num_experts, self.settings.rank
@@ -252,12 +252,13 @@ def decoding(model: nn.Module, *, frozen: bool = True) -> Iterator[None]:
 
 
 def prismatic_loss(model: nn.Module) -> Tensor | float:
-    """The mean balance loss of all Prismatic modules in their last call: add about 0.01 of it to the training loss.
+    """The balance losses of all Prismatic modules in their last call: add about 0.01 of it to the training loss.
 
-    A number 0.0 where there is none, or in evaluation.
+    A sum over modules, as in the paper (see ``balance_loss``): every layer is balanced as firmly in a deep model as in
+    a shallow one. A number 0.0 where there is none, or in evaluation.
     """
     found = [m.balance for m in model.modules() if isinstance(m, Prismatic) and m.balance is not None]
-    return torch.stack([loss.to(found[0].device) for loss in found]).mean() if found else 0.0
+    return torch.stack([loss.to(found[0].device) for loss in found]).sum() if found else 0.0
 
 
 def prismatic_metrics(model: nn.Module) -> dict[str, float]:

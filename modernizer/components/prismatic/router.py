@@ -55,15 +55,7 @@ class Router(nn.Module):
             which sum to 1; and the sum of features and the count of all positions so far.
         """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        wide = x.to(dtype)
-        ones = wide.new_ones(wide.shape[:2]) if padding_mask is None else padding_mask.to(dtype)
-        ones = ones.unsqueeze(-1)
-        if padding_mask is not None:
-            wide = wide.masked_fill(~padding_mask.unsqueeze(-1), 0)
-        if self.routing == "prefix":
-            total, count = wide.cumsum(dim=1), ones.cumsum(dim=1)
-        else:
-            total, count = wide.sum(dim=1, keepdim=True), ones.sum(dim=1, keepdim=True)
+        total, count = self._sums(x.to(dtype), padding_mask)
         if past is not None:
             total, count = total + past[0], count + past[1]
         state = (total[:, -1:], count[:, -1:])
@@ -80,3 +72,14 @@ class Router(nn.Module):
             weights = weights * kept
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights, state
+
+    def _sums(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sum of features ``[batch, time or 1, embed_dim]`` and the count of what entered it, ``[..., 1]``."""
+        if padding_mask is not None:
+            x = x.masked_fill(~padding_mask.unsqueeze(-1), 0)
+        ones = x.new_ones(1, x.shape[1], 1) if padding_mask is None else padding_mask.to(x.dtype).unsqueeze(-1)
+        ones = ones.expand(len(x), -1, -1)
+        if self.routing != "prefix":
+            return x.sum(dim=1, keepdim=True), ones.sum(dim=1, keepdim=True)
+        # Along the last axis a GPU scans in parallel, along others step by step.
+        return x.transpose(1, 2).contiguous().cumsum(dim=-1).transpose(1, 2), ones.cumsum(dim=1)
