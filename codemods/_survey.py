@@ -38,6 +38,10 @@ CHOICES = frozenset("argmax multinomial topk sort max".split())
 HARMLESS = frozenset(
     "DropPath StochasticDepth LayerNorm FusedLayerNorm RMSNorm Dropout Identity Swish GELU ReLU".split()
 )
+# Functions of these do not attend.
+KNOWN_PACKAGES = (
+    "torch.", "transformers.activations.", "builtins.", "numpy.", "math.", "einops.", "logging.", "warnings.",
+)  # fmt: skip
 CARRIED = frozenset("mul div add sub neg cat stack where masked_fill setitem rotary to float type_as view_as_complex"
                     " view_as_real".split())  # fmt: skip
 
@@ -528,7 +532,7 @@ def _foreign(node: Node) -> str:
     if not dotted and isinstance(callee, Node) and callee.op == "opaque":
         dotted = callee.name
     short = dotted.rpartition(".")[2]
-    is_known = dotted.startswith(("torch.", "builtins.", "numpy.", "math.", "einops.", "logging.", "warnings."))
+    is_known = dotted.startswith(KNOWN_PACKAGES)
     return "" if "." not in dotted or short in HARMLESS or is_known else dotted
 
 

@@ -254,11 +254,16 @@ def _before(second: Projection, projections: Projections) -> FeedForward | None:
         return None
     if not region.nodes or not region.sources:
         return None
-    ways = [bool(region.gates & _taken(region, second.source, choice)) for choice in _choices(region)]
+    choices = list(_choices(region))
+    ways = [bool(region.gates & _taken(region, second.source, choice)) for choice in choices]
+    if any(ways) and not all(ways) and _keeps_the_width(_first(region), second, projections):
+        # A gate that halves what the second projection takes whole cannot be chosen: it would not run.
+        choices = [choice for choice, is_gated in zip(choices, ways, strict=True) if not is_gated]
+        ways = [False] * len(choices)
     gated = (bool(ways) and all(ways)) or (len(region.leaves) == 2 and _gates(region, second.source))
     if len(region.sources) > 1 and not gated:
         return None
-    first = min(region.sources.values(), key=lambda p: p.value.order)
+    first = _first(region)
     between = list(region.between)
     if gated:
         return FeedForward(first, second, frozenset(), True, list(region.nodes.values()), between)
@@ -274,10 +279,14 @@ def _before(second: Projection, projections: Projections) -> FeedForward | None:
     elif between:
         names = frozenset(_ops_named(region.nodes.values()))
     else:
-        names = frozenset(name_of(second.source, leaf, choice) for choice in _choices(region))
+        names = frozenset(name_of(second.source, leaf, choice) for choice in choices)
     if names <= {"linear"}:
         return None
     return FeedForward(first, second, names, False, list(region.nodes.values()), between)
+
+
+def _first(region: _Region) -> Projection:
+    return min(region.sources.values(), key=lambda p: p.value.order)
 
 
 def _keeps_the_width(first: Projection, second: Projection, projections: Projections) -> bool:

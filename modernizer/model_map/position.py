@@ -78,6 +78,10 @@ class Contents:
         self.handed = {id(v) for run in graph.runs if run.frame for v in run.frame.arguments.values()}
         self._known: dict[int, frozenset[Node] | None] = {}
         self._kinds: dict[int, str] = {}
+        self._tokens: frozenset[int] = frozenset()
+        looked_up = [n for n in graph.machine.nodes if n.op == "embedding" and n.module is not None and n.args]
+        self._tokens = frozenset(id(n.module) for n in looked_up if not self.is_free(n.args[0]))
+        self._known.clear()  # a start token that the code itself fills in is content as much as those that follow
 
     def given(self, value: Value) -> frozenset[Node] | None:
         """The optional arguments that `value` is made of if it is otherwise free of content, None if it is not."""
@@ -121,6 +125,9 @@ class Contents:
             if value.op == "opaque" or value.op.startswith("torch_"):
                 return None if any(self._known[id(p)] is None for p in parts) or not _is_pure(value) else frozenset()
             if value.op == "cumsum" and not _counts_kept(value):
+                return None
+            is_token = value.op == "embedding" and id(value.module) in self._tokens
+            if is_token and value.args and "range" not in self._evidences(value.args[0]):
                 return None
         given: set[Node] = set()
         for part in parts:

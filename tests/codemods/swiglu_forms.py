@@ -583,3 +583,31 @@ class FeedForward(nn.Module):
         )
     ),
 }  # fmt: skip
+
+PICK = """
+def pick(name):
+    if name == "relu":
+        return F.relu
+    if name == "glu":
+        return F.glu
+    raise ValueError(name)
+"""
+
+FORMS["a choice with a gate that would not fit"] = program(
+    PICK
+    + """
+
+class FeedForward(nn.Module):
+    def __init__(self, d, hidden, activation="relu"):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(d, hidden), nn.Linear(hidden, d)
+        self.activation = pick(activation)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+""",
+    "FeedForward(d, 4 * d, mode)",
+).replace(
+    "def __init__(self, d):\n        super().__init__()\n        self.attention",
+    'def __init__(self, d, mode="relu"):\n        super().__init__()\n        self.attention',
+)

@@ -162,12 +162,16 @@ class FeedForward(nn.Module):
         with_setting(
             program(
                 "def activation(name):\n    return {'relu': F.relu, 'glu': F.glu}[name]\n\n\n"
-                + two_linears("self.act(self.fc1(x))", "self.act = activation(dropout)").replace(
-                    "nn.Dropout(dropout)", "nn.Dropout(0.1)"
+                + changed(
+                    two_linears("self.act(self.fc1(x))", "self.act = activation(dropout)"),
+                    "nn.Dropout(dropout)",
+                    "nn.Dropout(0.1)",
+                    "nn.Linear(hidden, d)",
+                    "nn.Linear(hidden // 2, d)",
                 ),
                 "FeedForward(d, 4 * d, act)",
             ),
-            "'relu'",
+            "'glu'",
         ),
         "one of the activations that it may be given is gated",
     ),

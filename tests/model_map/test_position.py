@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from modernizer.graph.values import Node
 from modernizer.model_map import read_model
 from modernizer.model_map.position import PositionSite
 from modernizer.project import Project
@@ -109,3 +111,13 @@ def test_an_optional_argument_that_replaces_positions_is_named(tmp_path: Path) -
     forward = "if where is None:\n    where = torch.arange(ids.size(1))\nx = x + self.places(where)"
     (site,) = positions(tmp_path, LEARNED, forward, "ids, where=None")
     assert [given.name for given in site.contexts[0].given] == ["where"]
+
+
+def test_a_start_token_is_content_and_sums_with_it_are_residual(tmp_path: Path) -> None:
+    forward = """
+        start = self.tokens(torch.full((1, 4), 2))
+        start = start + self.places(torch.arange(4))
+        x = x + start
+        """
+    [site] = positions(tmp_path, LEARNED, textwrap.dedent(forward).strip())
+    assert [context.stream.op for context in site.contexts if isinstance(context.stream, Node)] == ["embedding"]
