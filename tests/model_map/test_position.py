@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from modernizer.graph.values import Node
 from modernizer.model_map import read_model
 from modernizer.model_map.position import PositionSite
 from modernizer.project import Project
@@ -120,4 +120,5 @@ def test_a_start_token_is_content_and_sums_with_it_are_residual(tmp_path: Path) 
         x = x + start
         """
     [site] = positions(tmp_path, LEARNED, textwrap.dedent(forward).strip())
-    assert [context.stream.op for context in site.contexts if isinstance(context.stream, Node)] == ["embedding"]
+    assert isinstance(site.node, ast.BinOp)
+    assert ast.unparse(site.node) == "start + self.places(torch.arange(4))"
