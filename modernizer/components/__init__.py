@@ -7,6 +7,7 @@ except ImportError as error:
 
 from modernizer.components.alibi import ALiBi, alibi_slopes
 from modernizer.components.constellation import HybridRelay, PureRelay
+from modernizer.components.fused_linear import FusedLinear
 from modernizer.components.kv_cache import KVCache, StaticKVCache
 from modernizer.components.masked_attention import masked_attention
 from modernizer.components.multihead_attention import MultiheadAttention
@@ -21,6 +22,7 @@ from modernizer.components.transformer_encoder_layer import TransformerEncoderLa
 
 __all__ = [
     "ALiBi",
+    "FusedLinear",
     "GatedSiLU",
     "HybridRelay",
     "KVCache",

@@ -389,6 +389,8 @@ def call_torch(
     if short == "Rearrange":
         pattern = module.args.get("arg0", Const(None))
         return m.node("rearrange", (*args, pattern), node, frame, {}, module)
+    if short == "FusedLinear" and args and not kwargs:
+        return _fused_linear(m, frame, node, module, args)
     op = MODULE_OPS.get(short)
     if op is None:
         return m.node("opaque", args, node, frame, kwargs, module, name=short)
@@ -400,6 +402,14 @@ def call_torch(
     if op == "mha":
         return Many([made, m.node("mha_weights", (made,), node, frame, {}, module)], "tuple")
     return made
+
+
+def _fused_linear(m: Machine, frame: Frame, node: ast.AST, module: Module, args: list[Value]) -> Value:
+    """Our layer that stands for several: one projection for each of its parts, of one input or of one each."""
+    parts = module.args.get("out_features")
+    if len(args) == 1 and isinstance(parts, Many):
+        args = args * len(parts.items)
+    return Many([m.node("linear", (arg,), node, frame, {}, module) for arg in args], "tuple")
 
 
 def ordered(op: str, args: Sequence[Value], kwargs: dict[str, Value]) -> tuple[list[Value], dict[str, Value]]:

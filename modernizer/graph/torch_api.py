@@ -25,6 +25,7 @@ MODULE_OPS = {
 # Parameter names of the torch.nn constructors that rules look into, in torch's positional order.
 SIGNATURES = {
     "Linear": ("in_features", "out_features", "bias", "device", "dtype"),
+    "FusedLinear": ("in_features", "out_features", "bias", "device", "dtype"),
     "Embedding": ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
                   "sparse", "_weight", "_freeze", "device", "dtype"),
     "Conv1d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modernizer.graph import Graph, execute
-from modernizer.graph.values import Const
+from modernizer.graph.values import Const, Many, Node
 from modernizer.project import Project
 from modernizer.vendoring import MARK
 
@@ -66,6 +66,32 @@ def test_components_are_known_by_what_they_compute_imported_or_vendored(tmp_path
     ]
     gated = layer.args["gated"]
     assert isinstance(gated, Const) and gated.value is True
+
+
+def test_fused_projections_are_one_for_each_part(tmp_path: Path) -> None:
+    text = """
+import torch.nn as nn
+from modernizer.components import FusedLinear
+
+
+class Net(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.qkv, self.kv = FusedLinear(dim, 3 * [dim]), FusedLinear(dim, (dim, 2 * dim), bias=False)
+
+    def forward(self, x, memory):
+        q, k, v = self.qkv(x)
+        k2, v2 = self.kv(x, memory)
+        return q, k, v, k2, v2
+"""
+    graph = graph_of(tmp_path, net=text)
+    made = [node for node in graph.machine.nodes if node.op == "linear"]
+    assert [(node.module.name, node.args[0].name) for node in made if node.module and isinstance(node.args[0], Node)] == [
+        ("qkv", "x"), ("qkv", "x"), ("qkv", "x"), ("kv", "x"), ("kv", "memory"),
+    ]  # fmt: skip
+    (run,) = graph.runs
+    assert run.frame is not None and isinstance(run.frame.result, Many)
+    assert run.frame.result.items == made
 
 
 @pytest.mark.parametrize(

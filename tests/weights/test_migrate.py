@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -241,6 +241,7 @@ def test_without_a_map_the_user_is_told(recorded: Path, state: OrderedDict[str, 
     assert result.exit_code == 2 and "--map" in result.stderr
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     axis=st.integers(0, 2),
