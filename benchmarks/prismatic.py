@@ -61,7 +61,7 @@ class Setting:
     length: int = 64
     batch: int = 32  # sequences, half of each domain
     rate: float = 3e-3
-    balance: float = 0.01  # weight of the default's balance loss
+    balance: float = 0.03  # weight of the default's balance loss
     threads: int = 0  # on the CPU; 0 for what torch takes
     others: dict[str, Any] = field(default_factory=dict)  # for Prismatic, in place of the variant's own
 
@@ -445,12 +445,13 @@ def plot(runs: list[dict[str, Any]], out: Path) -> None:
         return
     figure, axes = pyplot.subplots(1, len(variants), figsize=(4 * len(variants), 3.5), sharey=True, squeeze=False)
     for axis, variant in zip(axes[0], variants, strict=True):
-        for run in (run for run in runs if run["variant"] == variant):
+        mine = [run for run in runs if run["variant"] == variant]
+        for run in mine:
             steps = [step for step, _ in run["curve"]]
             for layer in range(len(run["curve"][0][1])):
                 for domain, colour in zip(DOMAINS, ("tab:blue", "tab:orange"), strict=True):
                     weights = [layers[layer][domain][0] for _, layers in run["curve"]]
-                    label = domain if run["seed"] == 0 and layer == 0 else None
+                    label = domain if layer == 0 and run is mine[0] else None
                     axis.plot(steps, weights, color=colour, linestyle=("-", "--", ":")[layer % 3], label=label, lw=1)
         axis.set(title=variant, xlabel="step", ylim=(-0.03, 1.03))
     axes[0][0].set_ylabel("weight of expert 0")
@@ -481,7 +482,8 @@ def told(run: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, help="folder for prismatic.json, .md and .png")
     parser.add_argument(
@@ -497,7 +499,7 @@ def main() -> int:
     threads = 1 if jobs > 1 else 0
     settings = [
         Setting(variant, seed, given.steps, given.device, balance=given.balance, threads=threads, others=given.set)
-        for seed in range(given.seeds)
+        for seed in range(given.first_seed, given.first_seed + given.seeds)
         for variant in given.variants
     ]
     costly = [] if given.no_costs else costs(given.device, quick=given.device == "cpu")

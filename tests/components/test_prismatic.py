@@ -43,11 +43,12 @@ def made(num_experts: int = 2, architectures: list[str] | None = None, **setting
 
 
 def stepped(module: Prismatic) -> Prismatic:
-    """After one step, in which experts part ways; in evaluation."""
+    """After one step, in which experts part ways, with a router that has decided; in evaluation."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     module(rand(2, 6, 16)).pow(2).sum().backward()
     optimizer.step()
+    nn.init.normal_(module.router.linear.weight)
     return module.eval()
 
 
@@ -202,6 +203,12 @@ def test_losses_and_reports_of_a_model() -> None:
     ).keys()
     torch.testing.assert_close(prismatic_loss(model), prismatic_loss(model[0]) + prismatic_loss(model[1]))
     assert prismatic_metrics(model).keys() == model[0].metrics().keys()
+
+
+def test_the_router_starts_undecided() -> None:
+    x = rand(2, 5, 16)
+    assert torch.equal(made(4).router.eval()(x)[0], torch.full((2, 5, 4), 0.25, dtype=torch.float64))
+    assert not made(4).router.train()(x)[0].allclose(torch.tensor(0.25).double(), atol=0.01)
 
 
 def test_hard_gate_chooses_one() -> None:

@@ -2,7 +2,7 @@
 
 A training loop needs two lines more than without::
 
-    loss = loss + 0.01 * prismatic_loss(model)
+    loss = loss + 0.03 * prismatic_loss(model)
     loss.backward()
     found = after_backward(model, gradient_phases=False, report=step % 50 == 0)
     optimizer.step()

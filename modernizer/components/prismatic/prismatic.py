@@ -47,7 +47,7 @@ class Prismatic(nn.Module):
         routing: what the router pools: "prefix", "sequence" (not causal) or "batch" (as published; it warns).
         gate: "hard" chooses the architecture of the largest total weight, without a gradient, as published.
         rank: of the experts' low-rank deviations; None gives every expert whole weights, stacked ``[N, ...]``.
-        noise: on the router's logits in training.
+        noise: on the router's logits in training; 0 reproduces what was published.
         dropout: of experts, in training.
         gradient_scale, sparsity: of ``modify_expert_gradients``.
         embed_dim: features of the input; None reads them off the first linear layer of the expert.
@@ -67,7 +67,7 @@ class Prismatic(nn.Module):
         routing: str = "prefix",
         gate: str = "soft",
         rank: int | None = 8,
-        noise: float = 0.1,
+        noise: float = 1.0,
         dropout: float = 0.0,
         gradient_scale: float = 0.3,
         sparsity: float = 0.1,
@@ -252,7 +252,7 @@ def decoding(model: nn.Module, *, frozen: bool = True) -> Iterator[None]:
 
 
 def prismatic_loss(model: nn.Module) -> Tensor | float:
-    """The balance losses of all Prismatic modules in their last call: add about 0.01 of it to the training loss.
+    """The balance losses of all Prismatic modules in their last call: add about 0.03 of it to the training loss.
 
     A sum over modules, as in the paper (see ``balance_loss``): every layer is balanced as firmly in a deep model as in
     a shallow one. A number 0.0 where there is none, or in evaluation.

@@ -21,13 +21,15 @@ class Router(nn.Module):
     - "batch": every position of every row, as the published versions do: one row then changes another.
 
     Means and weights are float32 (float64 for float64 input); the mean is normalised to unit variance, so that its
-    scale decides nothing.
+    scale decides nothing. The map starts at zero: every expert weighs 1/N at first, and what it is good for decides
+    who gets it, not the luck of the draw. With "batch" it starts as ``nn.Linear`` does, as published.
 
     Args:
         embed_dim: features of the input.
         num_experts: at least 1.
         routing: what is pooled.
-        noise: standard deviation of what is added to the logits of a row in training, so that experts differ at first.
+        noise: standard deviation of what is added to the logits of a row in training, so that experts differ at first
+            and only clear decisions hold.
         dropout: probability that a row does without an expert in training; the others share its weight.
     """
 
@@ -37,8 +39,9 @@ class Router(nn.Module):
         super().__init__()
         self.routing, self.noise, self.dropout = routing, noise, dropout
         self.linear = nn.Linear(embed_dim, num_experts)
-        nn.init.normal_(self.linear.weight, std=embed_dim**-0.5)
-        nn.init.zeros_(self.linear.bias)
+        if routing != "batch":
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None

@@ -29,7 +29,7 @@ class PrismaticSettings:
     routing: str = "prefix"
     gate: str = "soft"
     rank: int | None = 8
-    noise: float = 0.1
+    noise: float = 1.0
     dropout: float = 0.0
     gradient_scale: float = 0.3
     sparsity: float = 0.1
