@@ -1,8 +1,12 @@
 import copy
 import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import prismatic_workers
 import pytest
 import torch
+import torch.multiprocessing
 from component_oracles import quick
 from hypothesis import given
 from hypothesis import strategies as st
@@ -259,3 +263,95 @@ def test_one_query_gives_what_it_gives_among_many(heads: int, floats: bool) -> N
         for i in range(6)
     ]
     torch.testing.assert_close(torch.cat(parts, 1), attention.mixed(x, kinds, shares, mask))
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(prismatic_workers.worker, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for kind in ("plain", "routed"):
+        for name, value in first[kind].items():
+            assert torch.equal(value, second[kind][name]), name
+    alone = prismatic_workers.model(0.0)
+    prismatic_workers.plain_steps(alone, prismatic_workers.rows())
+    assert not torch.equal(alone[0].router.linear.weight, torch.zeros(4, 16, dtype=torch.float64))
+    torch.testing.assert_close(dict(alone.state_dict()), dict(first["plain"]))
+
+
+YAML = """
+num_experts: 3
+architectures: [rope, rope, alibi]
+gradient_scale: 0.5
+sparsity: 0.2
+dropout: 0.1
+"""
+
+
+def test_settings_come_from_yaml(tmp_path: Path) -> None:
+    expected = PrismaticSettings(3, ("rope", "rope", "alibi"), gradient_scale=0.5, sparsity=0.2, dropout=0.1)
+    file = tmp_path / "model.yaml"
+    file.write_text("embed_dim: 16\nprismatic:" + YAML.replace("\n", "\n  "))
+    assert PrismaticSettings.from_yaml(YAML) == PrismaticSettings.from_yaml(file) == expected
+    module = Prismatic.from_settings(SelfAttention(16, 4), expected)
+    assert module.settings == expected and module.operations == ("rope", "alibi")
+    assert Prismatic.from_settings(SelfAttention(16, 4), {"num_experts": 4}).settings.num_experts == 4
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("- rope", "no mapping"), ("num_expert: 2", "unknown settings num_expert"), ("num_experts: two", "whole number")],
+)
+def test_wrong_yaml_is_named(text: str, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        PrismaticSettings.from_yaml(text)
+
+
+def backward(model: nn.Module) -> None:
+    model.zero_grad()
+    (model(rand(2, 6, 16)).square().mean() + prismatic_loss(model)).backward()
+
+
+def gradients(module: Prismatic) -> list[Tensor]:
+    return [p.grad.clone() for p in module.expert_parameters() if p.grad is not None]
+
+
+def test_lightning_callback_acts_on_what_the_optimizer_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("lightning.pytorch")
+    package.Callback = type("Callback", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", package)
+    callback = lightning_callback(every=2, gradient_phases=True)
+    assert isinstance(callback, package.Callback)
+    first, second = stepped(made(2, BOTH)).train(), stepped(made(2, BOTH)).train()
+    model, logged = nn.Sequential(first, second), []
+    model.log_dict = logged.append  # type: ignore[assignment]
+    backward(model)
+    before = gradients(first), gradients(second)
+    callback.on_before_optimizer_step(SimpleNamespace(global_step=0), model, torch.optim.SGD(first.parameters(), 0.1))
+    assert not all(map(torch.equal, before[0], gradients(first))) and all(
+        map(torch.equal, before[1], gradients(second))
+    )
+    assert logged[0]["routing/entropy"] == first.metrics()["routing/entropy"] and "gradients/expert_1_norm" in logged[0]
+    callback.on_before_optimizer_step(SimpleNamespace(global_step=1), model, torch.optim.SGD(first.parameters(), 0.1))
+    assert len(logged) == 1
+    with pytest.raises(ValueError, match="at least 1"):
+        lightning_callback(every=0)
+
+
+def test_trainer_callback_adds_to_the_logs_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("transformers")
+    package.TrainerCallback = type("TrainerCallback", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformers", package)
+    callback, model = trainer_callback(), made(2, BOTH)
+    args, control = SimpleNamespace(logging_first_step=False), SimpleNamespace(should_log=False)
+    state = SimpleNamespace(global_step=3, logging_steps=4, log_history=[])
+    backward(model)
+    before = gradients(model)
+    callback.on_pre_optimizer_step(args, state, control, model=model)
+    assert all(map(torch.equal, before, gradients(model)))
+    state.global_step, logs, evaluation = 4, {"loss": 1.0}, {"eval_loss": 1.0}
+    state.log_history.append({**logs, "step": 4})
+    callback.on_log(args, state, control, logs=logs, model=model)
+    callback.on_log(args, state, control, logs=evaluation, model=model)
+    assert (
+        {"routing/entropy", "gradients/expert_0_norm", "loss"} < logs.keys() == state.log_history[0].keys() - {"step"}
+    )
+    assert evaluation == {"eval_loss": 1.0}
