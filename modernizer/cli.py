@@ -112,7 +112,9 @@ def apply(
 
 @main.command(cls=CommandWithRuleOptions)
 @PATHS
-@click.option("--rule", "-r", "names", multiple=True, help="Rules to look for, a comma between them; all by default.")
+@click.option(
+    "--rule", "-r", "names", multiple=True, help="Rules to look for, a comma between them; by default all that upgrade."
+)
 @FORMAT
 def check(paths: Sequence[Path], names: Sequence[str], style: str, **switches: bool) -> None:
     """Show what is legacy in files and folders, where, and what can be done about it."""
@@ -240,7 +242,8 @@ def list_rules() -> None:
     rules = _or_exit(all_rules)
     width = max(map(len, rules), default=0)
     for rule in rules.values():
-        click.echo(f"{rule.name:{width}}  {rule.effect.value:10}  {rule.summary}")
+        said = f"{rule.summary} (only where it is named)" if rule.on_request else rule.summary
+        click.echo(f"{rule.name:{width}}  {rule.effect.value:10}  {said}")
 
 
 @main.command()
@@ -254,6 +257,8 @@ def explain(rule: str) -> None:
     click.echo(f"effect: {found.effect.value} ({found.effect.promise})")
     for option in found.options:
         click.echo(f"option: --{option.name.replace('_', '-')} {option.help}")
+    if found.on_request:
+        click.echo("looked for only where it is named")
     if found.after:
         click.echo(f"runs after: {', '.join(found.after)}")
     text = page(found)
@@ -279,14 +284,23 @@ def _selected(names: Iterable[str]) -> list[Rule]:
 
 
 def _settled_rules(before: Path, after: Path) -> list[Rule]:
-    """The rules that find less to do in one program than in the other."""
+    """The rules that were applied, as far as can be told: they find less to do in one program than in the other.
+
+    Where nothing was legacy, there is more that such a rule would do itself.
+    """
     from modernizer.pipeline import check as look
+    from modernizer.registry import all_rules
     from modernizer.report import Status
 
-    def findings(path: Path, rule: Rule) -> int:
-        return sum(site.status is Status.LEGACY for site in look([path], [rule], {}).sites)
+    def findings(path: Path, rule: Rule, status: Status) -> int:
+        return sum(site.status is status for site in look([path], [rule], {}).sites)
 
-    return [rule for rule in _selected([]) if findings(before, rule) > findings(after, rule)]
+    def is_settled(rule: Rule) -> bool:
+        if rule.on_request:
+            return findings(before, rule, Status.MODERN) < findings(after, rule, Status.MODERN)
+        return findings(before, rule, Status.LEGACY) > findings(after, rule, Status.LEGACY)
+
+    return [rule for rule in _or_exit(all_rules).values() if is_settled(rule)]
 
 
 def _proof(

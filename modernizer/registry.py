@@ -35,14 +35,18 @@ def all_rules() -> Mapping[str, Rule]:
 
 
 def select(names: Sequence[str]) -> list[Rule]:
-    """The rules of these names in the order given, all rules for no name at all."""
+    """The rules of these names in the order given; for no name at all, all but those that only run on request."""
     rules = all_rules()
     for name in names:
         if name not in rules:
             close = difflib.get_close_matches(name, rules, n=1)
             meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(rules) or 'none'}"
             raise RegistryError(f"no rule is called {name!r}: {meant}")
-    return [rules[name] for name in dict.fromkeys(names)] if names else list(rules.values())
+    return (
+        [rules[name] for name in dict.fromkeys(names)]
+        if names
+        else [rule for rule in rules.values() if not rule.on_request]
+    )
 
 
 def all_options() -> list[Option]:

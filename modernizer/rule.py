@@ -87,6 +87,7 @@ class Rule:
     effect: ClassVar[Effect]
     after: ClassVar[Sequence[str]] = ()  # rules that run before this one when both are asked for
     options: ClassVar[Sequence[Option]] = ()
+    on_request: ClassVar[bool] = False  # no upgrade of something legacy: looked for only where the rule is named
 
     def plan(self, model: ModelMap, options: Mapping[str, bool]) -> Plan:
         """What to change, what to refuse and what is modern already. Reads only."""

@@ -265,6 +265,13 @@ def test_rules_are_listed_with_their_effect() -> None:
     assert lines == ["rename  exact       renames things", "crash   function    fails"]
 
 
+def test_rules_on_request_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rule in registry.all_rules().values():
+        monkeypatch.setattr(type(rule), "on_request", True)
+    assert "(only where it is named)" in run("rules").stdout
+    assert "looked for only where it is named" in run("explain", "rename").stdout
+
+
 def test_explain_shows_what_the_rule_itself_says() -> None:
     text = run("explain", "rename").stdout
     assert "rename: renames things" in text
@@ -320,6 +327,14 @@ class TestVerify:
     def test_effect_follows_from_what_changed(self, calls: list[dict[str, Any]]) -> None:
         run(*self.ARGUMENTS)
         assert (calls[0]["effect"], calls[0]["rules"]) == (Effect.EXACT, [])
+
+    def test_effect_follows_from_what_a_rule_on_request_has_made(
+        self, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(type(registry.all_rules()["rename"]), "on_request", True)
+        monkeypatch.setattr(type(registry.all_rules()["rename"]), "effect", Effect.PARAMETERS)
+        run(*self.ARGUMENTS)
+        assert calls[0]["effect"] is Effect.PARAMETERS
 
     def test_effect_given(self, calls: list[dict[str, Any]]) -> None:
         run(*self.ARGUMENTS, "--effect", "parameters")

@@ -137,3 +137,12 @@ def test_page_lies_beside_the_rule(folder: Path) -> None:
     assert page(all_rules()["alpha"]) == ""
     (folder / "alpha.md").write_text("# alpha\n", encoding="utf-8")
     assert page(all_rules()["alpha"]) == "# alpha\n"
+
+
+def test_a_rule_on_request_is_taken_only_by_its_name(folder: Path) -> None:
+    add(folder, "usual")
+    add(folder, "asked")
+    path = folder / "asked.py"
+    path.write_text(path.read_text().replace("    options", "    on_request = True\n    options"))
+    assert [rule.name for rule in select([])] == ["usual"]
+    assert [rule.name for rule in select(["asked", "usual"])] == ["asked", "usual"]

@@ -173,6 +173,8 @@ def _length(sizes: Value, depth: int) -> int | None:
         return 1
     if not isinstance(sizes, Node):
         return None
+    if sizes.op == "star":
+        return _length(sizes.args[0], depth)
     if sizes.op == "shape":
         return rank(sizes.args[0], depth)
     if sizes.op == "add":

@@ -19,13 +19,14 @@ MODULE_OPS = {
     "MultiheadAttention": "mha", "TransformerEncoderLayer": "torch_encoder_layer",
     "TransformerDecoderLayer": "torch_decoder_layer", "TransformerEncoder": "torch_encoder",
     "TransformerDecoder": "torch_decoder", "Transformer": "torch_transformer", "GatedSiLU": "swiglu",
-    "RotaryEmbedding": "rotary", "ALiBi": "alibi",
+    "RotaryEmbedding": "rotary", "ALiBi": "alibi", "PrismAdapter": "linear",
 }  # fmt: skip
 
 # Parameter names of the torch.nn constructors that rules look into, in torch's positional order.
 SIGNATURES = {
     "Linear": ("in_features", "out_features", "bias", "device", "dtype"),
     "FusedLinear": ("in_features", "out_features", "bias", "device", "dtype"),
+    "PrismAdapter": ("in_features", "out_features", "bias"),
     "Embedding": ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
                   "sparse", "_weight", "_freeze", "device", "dtype"),
     "Conv1d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias",

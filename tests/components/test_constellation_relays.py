@@ -331,3 +331,17 @@ def test_state_dict_keeps_homes() -> None:
     other.load_state_dict(layer.state_dict())
     x = rand(1, 4, 12)
     assert torch.equal(layer(x), other(x))
+
+
+def test_one_sequence_alone_is_a_batch_of_one() -> None:
+    x = rand(7, 12)
+    for layer in (hybrid(), hybrid(causal=True), pure()):
+        torch.testing.assert_close(layer(x), layer(x[None])[0], rtol=0, atol=0)
+    out, found = hybrid()(x, return_diagnostics=True)
+    assert out.shape == x.shape and isinstance(found, RelayDiagnostics)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    for layer in (hybrid(), hybrid(causal=True), pure()):
+        assert layer(rand(*shape)).shape == shape

@@ -106,17 +106,21 @@ class HybridRelay(nn.Module):
     ) -> Tensor | tuple[Tensor, RelayDiagnostics]:
         """``[batch, time, embed_dim] -> [batch, time, embed_dim]``, with ``RelayDiagnostics`` if asked for.
 
-        With a cache, ``x`` holds the tokens that follow those in it, and each step costs O(tokens so far); no
-        gradient flows into cached tokens.
+        As torch's attention it also takes one sequence ``[time, embed_dim]`` alone, without a cache. With a cache,
+        ``x`` holds the tokens that follow those in it, and each step costs O(tokens so far); no gradient flows into
+        cached tokens.
 
         Raises:
             ValueError: ``x`` has another shape, or a cache is given to a relay that is not causal.
         """
+        if x.dim() == 2 and x.shape[-1] == self.embed_dim and cache is None:
+            found = self.forward(x[None], return_diagnostics=True)
+            return (found[0][0], found[1]) if return_diagnostics else found[0][0]
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"a relay takes [batch, time, {self.embed_dim}], not {tuple(x.shape)}")
         if cache is not None and not self.causal:
             raise ValueError("only a causal relay can go on from a cache: in the others earlier tokens see later ones")
-        patches = self.norm(x).reshape(*x.shape[:2], -1, self.patch_dim)
+        patches = self.norm(x).unflatten(-1, (-1, self.patch_dim))
         fixed = self.fixed_mlp(self.anchors(patches))
         read, relevance, valid = self._read(x, patches, cache)
         dynamic = self.dynamic_mlp(read)
@@ -164,11 +168,12 @@ class HybridRelay(nn.Module):
     @torch.no_grad()
     def _exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key in float64 from the input on: ``[B, P, S, d]``."""
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # there is no float64 on Apple's GPUs
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.norm.weight.double(), self.norm.bias.double()
-            normed = F.layer_norm(x.double(), (self.embed_dim,), weight, bias, self.norm.eps)
-            patches = normed.reshape(*x.shape[:2], -1, self.patch_dim)
-            query, key = torch.einsum("bspd,npde->nbpse", patches, self.projection[:2].double())
+            weight, bias = self.norm.weight.to(wide), self.norm.bias.to(wide)
+            normed = F.layer_norm(x.to(wide), (self.embed_dim,), weight, bias, self.norm.eps)
+            patches = normed.reshape(*x.shape[:2], len(self.fixed_gate), self.patch_dim)
+            query, key = torch.einsum("bspd,npde->nbpse", patches, self.projection[:2].to(wide))
             return unit(query), unit(key)
 
     def _continued(self, cache: RelayCache, key: Tensor, value: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,14 +48,16 @@ class PureRelay(nn.Module):
         self.gate = logit_gate(patches, gate_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, time, embed_dim] -> [batch, time, embed_dim]``.
+        """``[batch, time, embed_dim] -> [batch, time, embed_dim]``, or one sequence ``[time, embed_dim]`` alone.
 
         Raises:
             ValueError: ``x`` has another shape.
         """
+        if x.dim() == 2 and x.shape[-1] == self.embed_dim:
+            return self.forward(x[None])[0]
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"a relay takes [batch, time, {self.embed_dim}], not {tuple(x.shape)}")
-        patches = self.norm(x).reshape(*x.shape[:2], -1, self.patch_dim)
+        patches = self.norm(x).unflatten(-1, (-1, self.patch_dim))
         gate = torch.sigmoid(self.gate)[:, None]
         mixed = (gate * self.mlp(self.anchors(patches)) + (1 - gate) * patches).flatten(-2)
         out: Tensor = x + mixed if self.residual else mixed

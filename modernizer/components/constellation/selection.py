@@ -56,7 +56,7 @@ def select_top_k(
     if backend not in ("auto", "chunked", "triton"):
         raise ValueError(f"backend is auto, chunked or triton, not {backend!r}")
     shape = (*query.shape[:-1], top_k)
-    query, key = query.reshape(-1, *query.shape[-2:]), key.reshape(-1, *key.shape[-2:])
+    query, key = (x.flatten(0, -3) if x.dim() > 2 else x[None] for x in (query, key))
     kernel = _kernel(query, 2 * top_k) if backend != "chunked" else None
     if kernel is None and backend == "triton":
         raise RuntimeError("the Triton kernel needs triton, a CUDA device, patches up to 128 and top_k up to 32")

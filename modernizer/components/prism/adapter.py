@@ -32,6 +32,8 @@ class PrismAdapter(nn.Linear):
         ValueError: the plan is for other sizes, or a number is not positive.
     """
 
+    __jit_unused_properties__ = ("tiles",)  # so that torch.jit.script compiles no more of it than of nn.Linear
+
     def __init__(
         self,
         in_features: int,

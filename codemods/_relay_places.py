@@ -1,0 +1,156 @@
+"""Where a relay is made: the constructor of the class that holds the sum, and how it states the stream's width."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from codemods._relay_checks import Refused
+from modernizer.graph.query import ancestors, is_torch
+from modernizer.graph.values import Class, Module
+from modernizer.model_map import ModelMap
+from modernizer.model_map.attention import Attention
+from modernizer.model_map.residual import Residual
+from modernizer.source import Location, SourceFile
+from modernizer.syntax import below, loops_around, mentions, outward
+from modernizer.vendoring import is_vendored
+
+_WIDTHS = {"LayerNorm": "normalized_shape", "RMSNorm": "normalized_shape", "MultiheadAttention": "embed_dim"}
+# A relay's choice of tokens is code that looks at sizes.
+_COMPILERS = (("script", "jit"), ("script_method", "jit"), ("ScriptModule", "jit"), ("trace", "jit"),
+              ("symbolic_trace", "fx"), ("export", "onnx"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A relay of `width` is made behind `anchor`, as attribute `name` of what the sum's method calls `receiver`."""
+
+    source: SourceFile
+    constructor: ast.FunctionDef
+    anchor: ast.stmt
+    width: str
+    name: str
+    receiver: str
+
+    @property
+    def attribute(self) -> str:
+        """The relay, in the constructor."""
+        return f"{self.constructor.args.args[0].arg}.{self.name}"
+
+
+def find_place(model: ModelMap, residuals: Sequence[Residual], contexts: Sequence[Attention]) -> Place:
+    """Raises Refused where there is none."""
+    first = residuals[0].frame
+    owner, function = first.owner, first.function.node if first.function is not None else None
+    if owner is None or not isinstance(function, ast.FunctionDef) or not function.args.args:
+        raise Refused("the sum does not stand in a method of a module")
+    source = first.scope.source
+    if source.path not in model.project.named:
+        raise Refused("it is in a file that was not named")
+    init = owner.members.get("__init__")
+    receivers = [r.frame.receiver for r in residuals]
+    modules = [m for m in receivers if isinstance(m, Module)]
+    if len(modules) < len(receivers) or any(r.frame.owner is None or r.frame.owner.node is not owner.node
+                                            for r in residuals):  # fmt: skip
+        raise Refused("the sum does not stand in a method of a module")
+    if not isinstance(init, ast.FunctionDef) or not init.args.args:
+        raise Refused("the class around the sum has no constructor of its own")
+    _check_one_layer(source, residuals, contexts)
+    _check_heirs(model, owner)
+    for module in _of_known_width(residuals, contexts):
+        stated = _stated(source, init, module)
+        if stated is not None:
+            name = _free_name(owner, modules)
+            return Place(source, init, stated[0], stated[1], name, function.args.args[0].arg)
+    raise Refused("the width of the stream is not stated in the constructor of this class")
+
+
+def _check_one_layer(source: SourceFile, residuals: Sequence[Residual], contexts: Sequence[Attention]) -> None:
+    """Raises Refused where one module runs this sum for several layers: they would share a relay."""
+    node = residuals[0].sum.node
+    layers: dict[int, set[frozenset[int]]] = {}
+    for residual in residuals:
+        made = (p for c in contexts if id(c.scores) in residual.between
+                for p in (*c.query_projections, *c.key_projections, c.scores))  # fmt: skip
+        layers.setdefault(id(residual.frame.receiver), set()).add(frozenset(id(p.module) for p in made if p.module))
+    if (node is not None and next(loops_around(source.tree, node), None)) or any(len(s) > 1 for s in layers.values()):
+        raise Refused(
+            "one module runs this sum for several layers, which would share a relay", "make a class of the layer"
+        )
+
+
+def _check_heirs(model: ModelMap, owner: Class) -> None:
+    for module in model.graph.machine.modules:
+        kinds = [c for c in module.cls.mro if isinstance(c, Class)] if module.cls is not None else []
+        if any(c.node is owner.node for c in kinds[1:]):
+            raise Refused("other classes inherit from this one, and may not run its constructor")
+
+
+def _of_known_width(residuals: Sequence[Residual], contexts: Sequence[Attention]) -> Iterator[Module]:
+    """Modules whose width is that of the stream: norms of it, and attention that reads it unprojected."""
+    first = residuals[0]
+    for norm in (*first.entry_norms, *([first.norm] if first.norm is not None else [])):
+        if is_torch(norm.module, "LayerNorm", "RMSNorm") and isinstance(norm.module, Module):
+            yield norm.module
+    for context in contexts:
+        if context.form == "mha" and context.scores.module is not None:
+            yield context.scores.module
+        for projection in context.query_projections:
+            way = [n for n in ancestors(projection.args[0]).values() if id(n) in first.between]
+            if is_torch(projection.module, "Linear") and projection.module and not any(n.op == "linear" for n in way):
+                yield projection.module
+
+
+def _stated(source: SourceFile, init: ast.FunctionDef, module: Module) -> tuple[ast.stmt, str] | None:
+    """The statement of the constructor that makes a module, and the width that it gives."""
+    call = module.call
+    if not isinstance(call, ast.Call) or not isinstance(module.owner, Module):
+        return None
+    keyword = _WIDTHS.get(module.torch_name.rpartition(".")[2], "in_features")
+    given = call.args[0] if call.args else next((k.value for k in call.keywords if k.arg == keyword), None)
+    if given is None or not _is_plain(given):
+        return None
+    way = list(outward(source.tree, call))
+    anchor = next((n for n in way if isinstance(n, ast.stmt) and n in init.body), None)
+    inside = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda | ast.FunctionDef | ast.ClassDef
+    if anchor is None or any(isinstance(n, inside) for n in way[: way.index(anchor)]):
+        return None
+    names = {n.id for n in ast.walk(given) if isinstance(n, ast.Name)}
+    # Where the statement around it binds the name too, a loop say, the name may mean something else behind it.
+    if any(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in names for n in below(anchor)):
+        return None
+    return anchor, ast.unparse(given)
+
+
+def _is_plain(width: ast.expr) -> bool:
+    while isinstance(width, ast.Attribute):
+        width = width.value
+    return isinstance(width, ast.Name) or (isinstance(width, ast.Constant) and type(width.value) is int)
+
+
+def _free_name(owner: Class, modules: Sequence[Module]) -> str:
+    taken = {n.attr for n in below(owner.node) if isinstance(n, ast.Attribute)} | set(owner.members)
+    taken |= {name for module in modules for name in module.attributes}
+    return next(name for name in ("relay", *(f"relay_{i}" for i in range(2, 99))) if name not in taken)
+
+
+def check_program(model: ModelMap) -> None:
+    """Raises Refused where the program counts its parameters one by one, or compiles its modules from their source."""
+    for source in model.project.files():
+        if is_vendored(source):
+            continue
+        for name in mentions(source.tree).attributes["named_parameters"]:
+            around = next((n for n in outward(source.tree, name) if isinstance(n, ast.FunctionDef)), None)
+            if around is not None and any(isinstance(n, ast.Assert | ast.Raise) for n in below(around)):
+                raise Refused(f"the program sorts its parameters by name at {_short(source.location(name))} and stops"
+                              " at unknown ones")  # fmt: skip
+        for word, home in _COMPILERS:
+            for name in mentions(source.tree).attributes[word]:
+                if isinstance(name.value, ast.Attribute | ast.Name) and ast.unparse(name.value).endswith(home):
+                    raise Refused(f"modules are made into graphs at {_short(source.location(name))}, which a relay does"
+                                  " not allow")  # fmt: skip
+
+
+def _short(where: Location) -> str:
+    return f"{where.path.name}:{where.line}"

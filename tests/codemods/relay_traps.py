@@ -1,0 +1,232 @@
+"""Programs that `relay` must refuse, each with words of the reason, and such as hold nothing for it."""
+
+from __future__ import annotations
+
+from relay_programs import CAUSAL, HEAD, PLAIN, WRITTEN, changed, program
+
+_MASKED = "this attention is masked"
+_NOT_ONLY = "not only causal"
+_AXES = "attended to as a whole along its time"
+_JOINED = "keys are joined"
+_LAYERS = "several layers"
+_PADDED = [
+    ("    def forward(self, x):\n        batch", "    def forward(self, x, padding=None):\n        batch"),
+    (
+        "    def forward(self, x):\n        x = x + self.drop(self.attention(self.norm(x)))",
+        "    def forward(self, x, padding=None):\n        x = x + self.drop(self.attention(self.norm(x), padding))",
+    ),
+    ("    def forward(self, ids):", "    def forward(self, ids, padding=None):"),
+    ("            x = block(x)\n", "            x = block(x, padding)\n"),
+]
+PADDED = changed(
+    WRITTEN,
+    *_PADDED,
+    (
+        "        mixed = ",
+        "        if padding is not None:\n            scores = scores.masked_fill(padding, -1e9)\n        mixed = ",
+    ),
+)
+_BARE = [
+    (PLAIN[PLAIN.index("class Block") : PLAIN.index("class Net")], ""),
+    ("nn.ModuleList([Block(dim", "nn.ModuleList([Attention(dim"),
+]
+
+# name: (program, words of the reason, options)
+REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "causal": (CAUSAL, _MASKED, ()),
+    "causal by its name": (program(mask="made in place"), _MASKED, ()),
+    "causal written out": (program(mixed="written out", mask="buffer"), _MASKED, ()),
+    "no mask, yet --causal": (PLAIN, "not masked", ("causal",)),
+    "padding that callers may give": (PADDED, _MASKED, ()),
+    "padding, and --causal": (PADDED, _NOT_ONLY, ("causal",)),
+    "padding beside a triangle": (
+        changed(
+            program(mixed="written out", mask="buffer"), *_PADDED,
+            ("        mixed = ", "        scores = scores + padding if padding is not None else scores\n        mixed = "),
+        ),
+        _NOT_ONLY, ("causal",),
+    ),
+    "a window of earlier tokens": (
+        changed(
+            program(mixed="written out", mask="buffer"),
+            ("torch.tril(torch.ones(32, 32))", "torch.ones(32, 32).tril() * torch.ones(32, 32).triu(-4)"),
+        ),
+        _NOT_ONLY, ("causal",),
+    ),
+    "weights masked after the softmax": (
+        changed(WRITTEN, ("scores.softmax(dim=-1) @ v", "(scores.softmax(dim=-1) * self.seen[: x.shape[1], : x.shape[1]]) @ v")),
+        _MASKED, (),
+    ),
+    "keys that are remembered": (
+        changed(
+            PLAIN,
+            ("        mixed = F.s", "        k, v = torch.cat([self.past, k], 2), torch.cat([self.past, v], 2)\n        mixed = F.s"),
+            ("        self.register_buffer", "        self.register_buffer('past', torch.randn(2, heads, 3, dim // heads))\n        self.register_buffer"),
+        ),
+        _JOINED, (),
+    ),
+    "tokens put before the stream": (
+        changed(
+            PLAIN,
+            ("        x = x + self.drop(self.attention(self.norm(x)))\n",
+             "        longer = torch.cat([self.scale.expand(x.shape[0], 1, -1), self.norm(x)], 1)\n"
+             "        x = x + self.drop(self.attention(longer)[:, 1:])\n"),
+        ),
+        _AXES, (),
+    ),
+    "tokens shifted": (
+        changed(PLAIN, ("self.attention(self.norm(x))", "self.attention(self.norm(x).roll(1, 1))")), _AXES, (),
+    ),
+    "time first": (
+        changed(
+            PLAIN,
+            ("self.attention(self.norm(x))", "self.attention(self.norm(x).transpose(0, 1)).transpose(0, 1)"),
+            ("            x = block(x)\n", "            x = block(x.transpose(0, 1)).transpose(0, 1)\n"),
+        ),
+        _AXES, (),
+    ),
+    "time first within attention": (
+        changed(
+            PLAIN,
+            ("batch, time, width = x.shape", "time, batch, width = x.shape"),
+            (".view(batch, time, self.heads, -1).transpose(1, 2)", ".view(time, batch, self.heads, -1).permute(1, 2, 0, 3)"),
+            ("mixed.permute(0, 2, 1, 3)", "mixed.permute(2, 0, 1, 3)"),
+            ("            x = block(x)\n", "            x = block(x.transpose(0, 1)).transpose(0, 1)\n"),
+        ),
+        _AXES, (),
+    ),
+    "torch's attention, time first": (
+        changed(
+            PLAIN,
+            ("        self.attention = Attention(dim, heads)\n", "        self.inner = nn.MultiheadAttention(dim, heads)\n"),
+            ("        self.scale", "        self.attention = lambda x: self.inner(x, x, x)[0]\n        self.scale"),
+        ),
+        _AXES, (),
+    ),
+    "windows": (
+        changed(
+            PLAIN,
+            (".view(batch, time, self.heads, -1)", ".view(batch * 2, time // 2, self.heads, -1)"),
+            ("        return self.out(mixed.view(mixed.size()[:-2] + (self.heads * self.width,)))\n",
+             "        return self.out(mixed.view(batch, time, width))\n"),
+        ),
+        _AXES, (),
+    ),
+    "a grid of tokens": (
+        changed(
+            PLAIN,
+            ("batch, time, width = x.shape", "batch, rows, time, width = x.shape"),
+            (".view(batch, time, self.heads, -1).transpose(1, 2)", ".view(batch, rows, time, self.heads, -1).transpose(2, 3)"),
+            ("mixed.permute(0, 2, 1, 3)", "mixed.permute(0, 1, 3, 2, 4)"),
+            ("            x = block(x)\n", "            x = block(x.unflatten(1, (2, -1))).flatten(1, 2)\n"),
+        ),
+        _AXES, (),
+    ),
+    "attention over the features": (
+        changed(
+            WRITTEN,
+            ("q @ k.transpose(-2, -1)", "q.transpose(-2, -1) @ k"),
+            ("scores.softmax(dim=-1) @ v", "v @ scores.softmax(dim=-1)"),
+        ),
+        _AXES, (),
+    ),
+    "one module for all layers": (
+        changed(
+            PLAIN,
+            ("            x = block(x)\n", "            x = x + block(self.norm(x))\n"), *_BARE,
+        ),
+        _LAYERS, (),
+    ),
+    "a method for each layer of one module": (
+        changed(
+            PLAIN,
+            ("            x = block(x)\n", "            x = self.layer(x, block)\n"), *_BARE,
+            ("        return self.head(self.norm(x))\n",
+             "        return self.head(self.norm(x))\n\n    def layer(self, x, block):\n"
+             "        return x + block(self.norm(x))\n"),
+        ),
+        _LAYERS, (),
+    ),
+    "a sum for every sublayer": (
+        changed(
+            PLAIN,
+            ("        x = x + self.drop(self.attention(self.norm(x)))\n        return x + self.ff(self.norm2(x))\n",
+             "        x = self.around(x, self.norm, self.attention)\n        return self.around(x, self.norm2, self.ff)\n\n"
+             "    def around(self, x, norm, layer):\n        return x + layer(norm(x))\n"),
+        ),
+        "also serves where no self-attention is", (),
+    ),
+    "no plain sum": (
+        changed(PLAIN, ("x = x + self.drop(self.attention(self.norm(x)))", "x = torch.add(x, self.attention(self.norm(x)))")),
+        "plain sum", (),
+    ),
+    "no sum": (
+        changed(PLAIN, ("x = x + self.drop(self.attention(self.norm(x)))", "x = self.attention(self.norm(x))")),
+        "no sum of the stream", (),
+    ),
+    "width that a comprehension binds": (
+        changed(
+            PLAIN,
+            ("        self.norm = nn.LayerNorm(dim)\n        self.norm2 = nn.LayerNorm(dim)\n",
+             "        self.norm, self.norm2 = nn.ModuleList([nn.LayerNorm(size) for size in (dim, dim)])\n"),
+        ),
+        "width of the stream", (),
+    ),
+    "width that is computed": (
+        changed(
+            PLAIN,
+            ("        self.norm = nn.LayerNorm(dim)\n        self.norm2", "        self.norm = nn.LayerNorm(heads * (dim // heads))\n        self.norm2"),
+        ),
+        "width of the stream", (),
+    ),
+    "heirs": (
+        changed(
+            PLAIN,
+            ("class Net(nn.Module):", "class Deep(Block):\n    pass\n\n\nclass Net(nn.Module):"),
+            ("Block(dim, heads) for", "Deep(dim, heads) for"),
+        ),
+        "inherit", (),
+    ),
+    "parameters sorted by name": (
+        PLAIN
+        + """
+
+    def groups(self):
+        decay = {name for name, _ in self.named_parameters() if name.endswith("weight")}
+        other = {name for name, _ in self.named_parameters() if name.endswith("bias") or name.endswith("scale")}
+        assert len(decay | other) == len(list(self.parameters()))
+        return decay, other
+""",
+        "sorts its parameters", (),
+    ),
+    "compiled from its source": (
+        PLAIN + "\n\ndef compiled(model):\n    return torch.jit.script(model)\n", "made into graphs", (),
+    ),
+    "torch's layer": (
+        changed(
+            PLAIN,
+            ("        self.ff =", "        self.layer = nn.TransformerEncoderLayer(dim, heads, batch_first=True)\n        self.ff ="),
+            ("        x = x + self.drop(self.attention(self.norm(x)))\n        return x + self.ff(self.norm2(x))\n",
+             "        return self.layer(x)\n"),
+        ),
+        "no sum of the stream", (),
+    ),
+}  # fmt: skip
+
+UNTOUCHED = {
+    "attention to something else": changed(
+        PLAIN,
+        ("    def forward(self, x):\n        batch, time, width = x.shape\n",
+         "    def forward(self, x):\n        memory = self.memory[None].expand(x.shape[0], -1, -1)\n"
+         "        batch, time, width = x.shape\n"),
+        ("        q, k, v = (p(x).view(batch, time, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))\n",
+         "        q = self.q(x).view(batch, time, self.heads, -1).transpose(1, 2)\n"
+         "        k, v = (p(memory).view(batch, -1, self.heads, self.width).transpose(1, 2) for p in (self.k, self.v))\n"),
+        ("        self.register_buffer", "        self.memory = nn.Parameter(torch.randn(3, dim))\n        self.register_buffer"),
+    ),
+    "no attention": changed(
+        HEAD + PLAIN[PLAIN.index("class Block") :],
+        ("        self.attention = Attention(dim, heads)\n", ""),
+        ("        x = x + self.drop(self.attention(self.norm(x)))\n", "        x = x + self.drop(self.norm(x))\n"),
+    ),
+}  # fmt: skip
