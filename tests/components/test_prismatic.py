@@ -1,7 +1,11 @@
 import copy
+import pickle
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import prismatic_workers
 import pytest
@@ -176,13 +180,100 @@ def test_published_form() -> None:
         made(routing="batch")
 
 
-def test_a_trained_layer_is_loaded_into_every_expert() -> None:
-    trained = SelfAttention(16, 4).double()
-    for rank in (8, None):
-        module, x = made(3, rank=rank), rand(2, 5, 16)
-        module.load_state_dict(trained.state_dict())
-        torch.testing.assert_close(module(x), trained(x))
-        copy.deepcopy(module).load_state_dict(module.state_dict())
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("rank", [8, None])
+def test_a_trained_layer_is_loaded_into_every_expert(rank: int | None, moved: bool) -> None:
+    trained, x = SelfAttention(16, 4).double(), rand(2, 5, 16)
+    module = stepped(made(3, rank=rank))
+    old = {f"expert.{name}" if moved else name: value for name, value in trained.state_dict().items()}
+    module.load_state_dict(old)
+    torch.testing.assert_close(module(x), trained(x), rtol=0, atol=0 if rank else 1e-12)
+    module = stepped(module)
+    again = made(3, rank=rank).eval()
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), module(x)) and not torch.equal(module(x), trained(x))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({name: value for name, value in old.items() if not name.endswith("out.weight")})
+
+
+class TimeFirst(nn.Module):
+    """Self-attention of ``[time, batch, features]``, by a function of its own for each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = SelfAttention(16, 4).double()
+
+    def forward(self, x: Tensor, pos_type: str = "none") -> Tensor:
+        query, key, value = self.inner.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 1, 3, 0, 4)
+        if pos_type == "rope":
+            query, key = self.inner.rotary(query), self.inner.rotary(key)
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.inner.out(mixed.permute(2, 0, 1, 3).flatten(-2))
+
+
+@pytest.mark.parametrize("routing", ["prefix", "sequence"])
+@pytest.mark.parametrize("rank", [8, None])
+def test_time_first_is_batch_first_transposed(routing: str, rank: int | None) -> None:
+    torch.manual_seed(0)
+    last = stepped(Prismatic(TimeFirst(), 4, ["none", "rope"], rank=rank, routing=routing, batch_first=False))
+    first = made(4, ["none", "rope"], rank=rank, routing=routing).eval()
+    first.load_state_dict({name.replace(".inner", ""): value for name, value in last.state_dict().items()})
+    x = rand(3, 5, 16)
+    torch.testing.assert_close(last(x.transpose(0, 1)).transpose(0, 1), first(x))
+
+
+class PerHead(nn.Module):
+    """A projection of every head by itself, ``[batch, time, heads, width]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.linear = 4, nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.unflatten(-1, (self.heads, 4)))
+        return out.flatten(-2)
+
+
+@pytest.mark.parametrize("routing", ["prefix", "sequence"])
+@pytest.mark.parametrize("rank", [8, None])
+def test_a_layer_may_work_on_parts_of_a_position(routing: str, rank: int | None) -> None:
+    torch.manual_seed(0)
+    module = stepped(Prismatic(PerHead(), 3, rank=rank, routing=routing, embed_dim=16))
+    x = rand(2, 6, 16)
+    weight, bias = module.expert.linear.merged(module.router(x)[0].expand(2, 6, 3).flatten(0, 1))
+    expected = torch.einsum("pof,phf->pho", weight, x.reshape(12, 4, 4)) + bias.unsqueeze(1)
+    torch.testing.assert_close(module(x), expected.reshape(2, 6, 16))
+    with torch.no_grad(), decoding(module):
+        torch.testing.assert_close(module(x[:, :4])[:, -1], module(x[:, 3:4])[:, 0])
+
+
+def test_a_layer_that_positions_do_not_lead_is_told() -> None:
+    module = made()
+    module.expert.forward = lambda x: module.expert.out(x.flatten(0, 1))  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="must begin with the axes"):
+        module(rand(2, 6, 16))
+    assert module.routing.weights is None
+
+
+def test_threads_do_not_see_each_others_routing() -> None:
+    module, inputs = stepped(made(4, BOTH)), [rand(2, 4 + i, 16) for i in range(4)]
+    meeting, inner = threading.Barrier(4, timeout=60), module.expert.mixed
+
+    def mixed(*args: Any) -> Any:
+        meeting.wait()  # all have routed, none has read
+        return inner(*args)
+
+    alone = [module(x) for x in inputs]
+    module.expert.mixed = mixed
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(module, inputs))
+    assert all(map(torch.equal, alone, together))
+
+
+def test_what_code_reads_of_the_attention_is_still_there() -> None:
+    module = pickle.loads(pickle.dumps(made(2, BOTH)))
+    assert module.num_heads == 4 and module.qkv is module.expert.qkv and not hasattr(module, "num_head")
+    assert copy.deepcopy(module).out.routing is not module.routing
 
 
 def test_phases_differ_and_expert_0_is_left_alone() -> None:

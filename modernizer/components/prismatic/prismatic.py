@@ -111,7 +111,7 @@ class Prismatic(nn.Module):
         made = settings if isinstance(settings, PrismaticSettings) else PrismaticSettings.from_dict(settings)
         return cls(expert, **{name: getattr(made, name) for name in made.__dataclass_fields__}, **others)
 
-    def forward(self, x: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor, /, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """What the expert returns for ``(x, *args, **kwargs)``; with several architectures that must be a tensor.
 
         Args:
@@ -131,9 +131,11 @@ class Prismatic(nn.Module):
             self.balance = balance_loss(weights) if self.training else None
             if self._decoding:
                 self._after_prompt(weights, state)
-        self.routing.weights = weights if self.batch_first or weights.shape[1] == 1 else weights.transpose(0, 1)
-        out = self._run(weights, x, args, kwargs)
-        self.routing.weights = None
+        self.routing.weights = weights if self.batch_first else weights.transpose(0, 1)
+        try:
+            out = self._run(weights, x, args, kwargs)
+        finally:
+            self.routing.weights = None
         if self._decoding == "prompt":
             self._freeze(weights[:, -1])
         return out
@@ -144,7 +146,7 @@ class Prismatic(nn.Module):
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """The parameters that are stacked ``[N, ...]``."""
-        names = ("down", "up") if self.settings.rank is not None else ("weight", "bias")
+        names = ("down_weight", "up_weight") if self.settings.rank is not None else ("weight", "bias")
         found = [getattr(layer, name) for layer in expert_layers(self.expert) for name in names]
         return [parameter for parameter in found if parameter is not None]
 
@@ -166,6 +168,16 @@ class Prismatic(nn.Module):
     def extra_repr(self) -> str:
         chosen = self.settings
         return f"num_experts={chosen.num_experts}, architectures={chosen.architectures}, merge={chosen.merge!r}"
+
+    def __getattr__(self, name: str) -> Any:
+        """What this module lacks, its expert may have: code that reads ``block.attention.num_heads`` still can."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            expert = self.__dict__.get("_modules", {}).get("expert")
+            if expert is None:
+                raise
+            return getattr(expert, name)
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last call left behind belongs to it: it may hold a graph, which cannot be copied.
@@ -206,7 +218,7 @@ class Prismatic(nn.Module):
         outs = [self.expert(x, *args, pos_type=name, **kwargs) for name in self.operations]
         if not all(isinstance(out, Tensor) for out in outs):
             raise TypeError(f"an expert of several architectures returns a tensor, not {type(outs[0]).__name__}")
-        return mix_outputs(outs, shares if self.batch_first or shares.shape[1] == 1 else shares.transpose(0, 1))
+        return mix_outputs(outs, shares if self.batch_first else shares.transpose(0, 1))
 
     # -- decoding
 
@@ -291,17 +303,25 @@ def _check_operations(expert: nn.Module, operations: Sequence[str]) -> None:
 
 
 def _load_unrouted(module: Prismatic, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Lets the state dict of the module that became the expert be loaded: every expert starts as it."""
+    """Lets the state dict of the module that became the expert be loaded, under its old names or moved to
+    ``expert.``: every expert starts as it. A state that knows the experts is left as it is."""
     own = module.state_dict()
-    inner = [name for name in own if name.startswith("expert.")]
-    if any(prefix + name in state for name in inner):
+    routed = [name for name in own if name.startswith("router.") or name.endswith(_DEVIATIONS)]
+    if any(prefix + name in state for name in routed):
         return
-    found = [name for name in inner if prefix + name.removeprefix("expert.") in state]
-    for name in found:
-        value = state.pop(prefix + name.removeprefix("expert."))
-        stacked = isinstance(value, Tensor) and value.dim() + 1 == own[name].dim()
-        state[prefix + name] = value.expand_as(own[name]) if stacked else value
-    if found:
-        for name, value in own.items():
-            if name.startswith("router.") or name.endswith((".down", ".up")):
-                state.setdefault(prefix + name, value)
+    found = False
+    for name, value in own.items():
+        source = prefix + name
+        if source not in state and name.startswith("expert."):
+            source = prefix + name.removeprefix("expert.")
+        if name in routed or source not in state:
+            continue
+        given = state.pop(source)
+        stacked = isinstance(given, Tensor) and given.dim() + 1 == value.dim()
+        state[prefix + name] = given.expand_as(value) if stacked else given
+        found = True
+    for name in routed if found else ():
+        state[prefix + name] = torch.zeros_like(own[name]) if name.endswith("up_weight") else own[name]
+
+
+_DEVIATIONS = (".down_weight", ".up_weight")
