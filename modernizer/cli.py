@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from modernizer import __version__
-from modernizer.rule import Effect
+from modernizer.rule import Effect, Option, Options
 
 if TYPE_CHECKING:
     from modernizer.report import Report
@@ -33,18 +33,20 @@ FORMAT = click.option(
 
 
 class CommandWithRuleOptions(click.Command):
-    """A command that also takes the switches which the rules declare, such as `--keep-hidden`."""
+    """A command that also takes the options which the rules declare, such as `--keep-hidden`."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         from modernizer.registry import all_options
 
-        switches = [
-            click.Option(
-                [f"--{option.name.replace('_', '-')}", f"option_{option.name}"], is_flag=True, help=option.help
-            )
-            for option in _or_exit(all_options)
-        ]
-        return [*super().get_params(ctx), *switches]
+        return [*super().get_params(ctx), *map(_as_click, _or_exit(all_options))]
+
+
+def _as_click(option: Option) -> click.Option:
+    names = [f"--{option.name.replace('_', '-')}", f"option_{option.name}"]
+    if isinstance(option.default, bool):
+        return click.Option(names, is_flag=True, default=option.default, help=option.help)
+    kind = click.Choice(option.choices) if option.choices else type(option.default)
+    return click.Option(names, type=kind, default=option.default, show_default=bool(option.default), help=option.help)
 
 
 class Modernize(click.Group):
@@ -94,13 +96,14 @@ def apply(
     inputs: str | None,
     call: str | None,
     style: str,
-    **switches: bool,
+    **given: Any,
 ) -> None:
     """Rewrite files and folders in place, or say why not."""
     from modernizer import pipeline
     from modernizer.vendoring import vendor as use_vendored
 
-    rules, options = _selected(names), _rule_options(switches)
+    rules = _selected(names)
+    options = _rule_options(rules, given)
     steps: list[pipeline.Step] = [use_vendored] if vendor else []
     if verify:
         steps.append(_proof(paths, model, inputs, call, options))
@@ -116,11 +119,12 @@ def apply(
     "--rule", "-r", "names", multiple=True, help="Rules to look for, a comma between them; by default all that upgrade."
 )
 @FORMAT
-def check(paths: Sequence[Path], names: Sequence[str], style: str, **switches: bool) -> None:
+def check(paths: Sequence[Path], names: Sequence[str], style: str, **given: Any) -> None:
     """Show what is legacy in files and folders, where, and what can be done about it."""
     from modernizer import pipeline
 
-    _print_report(pipeline.check(paths, _selected(names), _rule_options(switches)), style, with_diff=False)
+    rules = _selected(names)
+    _print_report(pipeline.check(paths, rules, _rule_options(rules, given)), style, with_diff=False)
 
 
 @main.command(name="map")
@@ -256,7 +260,8 @@ def explain(rule: str) -> None:
     click.echo(f"{found.name}: {found.summary}\n")
     click.echo(f"effect: {found.effect.value} ({found.effect.promise})")
     for option in found.options:
-        click.echo(f"option: --{option.name.replace('_', '-')} {option.help}")
+        choices = f" ({', '.join(option.choices)})" if option.choices else ""
+        click.echo(f"option: --{option.name.replace('_', '-')}{choices} {option.help}")
     if found.on_request:
         click.echo("looked for only where it is named")
     if found.after:
@@ -304,7 +309,7 @@ def _settled_rules(before: Path, after: Path) -> list[Rule]:
 
 
 def _proof(
-    paths: Sequence[Path], model: str | None, inputs: str | None, call: str | None, options: Mapping[str, bool]
+    paths: Sequence[Path], model: str | None, inputs: str | None, call: str | None, options: Options
 ) -> Callable[[Report], None]:
     from modernizer.proving import Experiment, prove
     from modernizer.verify import VerifyError
@@ -322,8 +327,11 @@ def _proof(
     return step
 
 
-def _rule_options(switches: Mapping[str, bool]) -> dict[str, bool]:
-    return {name.removeprefix("option_"): value for name, value in switches.items()}
+def _rule_options(rules: Sequence[Rule], given: Mapping[str, Any]) -> Options:
+    options = {name.removeprefix("option_"): value for name, value in given.items()}
+    for objection in filter(None, (rule.objection(options) for rule in rules)):
+        raise click.UsageError(objection)
+    return options
 
 
 def _or_exit(load: Callable[[], T]) -> T:

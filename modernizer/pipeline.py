@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from modernizer.project import Project
@@ -21,7 +21,7 @@ from modernizer.report import (
     upgrade_site,
 )
 from modernizer.rounds import Ledger, Placed, in_order, plan, run_to_fixpoint, within_named
-from modernizer.rule import Rule
+from modernizer.rule import Options, Rule
 from modernizer.source import Location
 from modernizer.transaction import Change, TransactionError, recover, write_all
 from modernizer.weights.recorded import home_of, next_map
@@ -32,7 +32,7 @@ Step = Callable[[Report], None]
 def upgrade(
     paths: Sequence[Path],
     rules: Sequence[Rule],
-    options: Mapping[str, bool],
+    options: Options,
     *,
     write: bool = True,
     steps: Sequence[Step] = (),
@@ -69,7 +69,7 @@ def upgrade(
     return report
 
 
-def check(paths: Sequence[Path], rules: Sequence[Rule], options: Mapping[str, bool]) -> Report:
+def check(paths: Sequence[Path], rules: Sequence[Rule], options: Options) -> Report:
     """What each rule finds, on its own, in the files as they are. Nothing is edited."""
     report = Report("check")
     state = read(paths, report.problems, report.remarks)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modernizer.report import FileChange, Objection, Report
-from modernizer.rule import Effect
+from modernizer.rule import Effect, Options
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Experiment:
     timeout: float = 120
 
 
-def prove(report: Report, paths: Sequence[Path], experiment: Experiment, options: Mapping[str, bool]) -> None:
+def prove(report: Report, paths: Sequence[Path], experiment: Experiment, options: Options) -> None:
     """Runs the program as it is on disk and as it would be, adds what was found to the report.
 
     Raises Objection where a promise does not hold, and modernizer.verify.VerifyError where nothing can be run.

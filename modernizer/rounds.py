@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from modernizer.attempt import make
 from modernizer.project import Project
 from modernizer.reading import OURS, State, crash, narrowed, read_state
 from modernizer.report import Problem, Site, Status, plan_sites, refused_site, shown, upgrade_site
-from modernizer.rule import Plan, Rule, Upgrade
+from modernizer.rule import Options, Plan, Rule, Upgrade
 from modernizer.weights import WeightMap, compose, together
 
 MAX_ROUNDS = 8  # far more than any rule needs: one that still finds work then is changing its own output
@@ -50,9 +50,7 @@ class Ledger:
         return self.done + [site for found in (self.refused, self.modern) for sites in found.values() for site in sites]
 
 
-def run_to_fixpoint(
-    start: State, rules: Sequence[Rule], options: Mapping[str, bool], problems: list[Problem]
-) -> Ledger:
+def run_to_fixpoint(start: State, rules: Sequence[Rule], options: Options, problems: list[Problem]) -> Ledger:
     """Applies the rules in order until nothing changes. One that keeps changing its own output is left out."""
     ledger = Ledger(start)
     for _ in range(MAX_ROUNDS):
@@ -73,7 +71,7 @@ def in_order(rules: Sequence[Rule]) -> list[Rule]:
     return [by_name[name] for name in graphlib.TopologicalSorter(graph).static_order()]
 
 
-def plan(rule: Rule, state: State, options: Mapping[str, bool], problems: list[Problem]) -> Plan:
+def plan(rule: Rule, state: State, options: Options, problems: list[Problem]) -> Plan:
     """The rule's plan. Where it fails, the plans for each named file by itself, without those on which it fails."""
     try:
         return rule.plan(state.model, options)
@@ -106,7 +104,7 @@ def within_named(rule: Rule, project: Project, upgrades: Sequence[Upgrade]) -> t
     return inside, refused
 
 
-def _run(rule: Rule, ledger: Ledger, options: Mapping[str, bool], problems: list[Problem]) -> None:
+def _run(rule: Rule, ledger: Ledger, options: Options, problems: list[Problem]) -> None:
     before = ledger.state
     planned = plan(rule, before, options, problems)
     candidates, outside = within_named(rule, before.project, planned.upgrades)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from modernizer.edit import Edit
 from modernizer.source import Location
@@ -31,12 +31,21 @@ class Effect(enum.Enum):
         }[self]
 
 
+Options = Mapping[str, Any]  # the values that were given, by name; one that was not may be missing
+
+
 @dataclass(frozen=True)
 class Option:
-    """A switch of a rule: `--keep-hidden` on the command line is `keep_hidden` here."""
+    """An option of a rule: `--keep-hidden` on the command line is `keep_hidden` here.
+
+    A switch, or where `default` is a number or text an option with a value of that type; of text one of `choices`, if
+    there are any.
+    """
 
     name: str
     help: str
+    default: bool | int | str = False
+    choices: Sequence[str] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +98,11 @@ class Rule:
     options: ClassVar[Sequence[Option]] = ()
     on_request: ClassVar[bool] = False  # no upgrade of something legacy: looked for only where the rule is named
 
-    def plan(self, model: ModelMap, options: Mapping[str, bool]) -> Plan:
+    def objection(self, options: Options) -> str:
+        """Why these options make no sense, alone or together, in a sentence for the user; '' where they do."""
+        return ""
+
+    def plan(self, model: ModelMap, options: Options) -> Plan:
         """What to change, what to refuse and what is modern already. Reads only."""
         raise NotImplementedError
 

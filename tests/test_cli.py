@@ -20,7 +20,7 @@ from modernizer import model_map, registry
 from modernizer.cli import main
 from modernizer.model_map import Evidence, Role
 from modernizer.project import Project
-from modernizer.rule import Effect, Rule
+from modernizer.rule import Effect, Option, Rule
 from modernizer.source import Location
 from modernizer.verify import Check, VerifyError, VerifyReport
 
@@ -113,6 +113,24 @@ class TestApply:
         rule = fakes["rename"]
         assert isinstance(rule, Rename)
         assert rule.options_seen == {"keep_hidden": True}
+
+    def test_options_with_values_reach_the_rule(
+        self, tmp_path: Path, fakes: Mapping[str, Rule], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rule = fakes["rename"]
+        assert isinstance(rule, Rename)
+        options = (Option("count", "how many", 2), Option("way", "which way", "left", ("left", "right")))
+        monkeypatch.setattr(type(rule), "options", options)
+        monkeypatch.setattr(rule, "objection", lambda given: "count: not none" if not given["count"] else "")
+        write(tmp_path, a="x = old\n")
+        assert "[default: 2]" in run("apply", "--help").stdout and "[left|right]" in run("check", "--help").stdout
+        assert "option: --way (left, right) which way" in run("explain", "rename").stdout
+        for wrong in (["--count", "two"], ["--way", "up"], ["--count", "0"]):
+            failed = run("apply", "--rule", "rename", *wrong, "a.py")
+            assert failed.exit_code == 2 and wrong[0].strip("-") in failed.stderr
+        assert run("check", "--rule", "rename", "--count", "0", "a.py").exit_code == 2
+        run("apply", "--rule", "rename", "--count", "3", "a.py")
+        assert rule.options_seen == {"count": 3, "way": "left"}
 
     def test_paths_with_brackets_and_long_lines_stay_as_they_are(self, tmp_path: Path) -> None:
         folder = tmp_path / "[bold]a folder with a name that is longer than any terminal is wide[/bold]" / ("x" * 80)

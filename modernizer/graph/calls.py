@@ -35,6 +35,7 @@ from modernizer.graph.values import (
 
 CONTAINERS = {"torch.nn.Sequential", "torch.nn.ModuleList", "torch.nn.ModuleDict", "torch.nn.ParameterList"}
 WRAPPERS = {"torch.nn.DataParallel", "torch.nn.parallel.DistributedDataParallel", "torch.compile", "torch.jit.script"}
+PRISMATIC = "modernizer.components.Prismatic"  # runs the module that it was given
 RECURSION = 2  # how often one function may be active at the same time
 
 
@@ -328,6 +329,8 @@ def init_torch(
         return
     names = SIGNATURES.get(short, tuple(f"arg{i}" for i in range(len(args))))
     made.args = {**dict(zip(names, args, strict=False)), **kwargs}
+    if dotted == PRISMATIC:
+        m.set_attribute(made, "expert", made.args.get("expert", Const(None)))
     torch_layers.add_parts(m, frame, made, short)
 
 
@@ -391,6 +394,8 @@ def call_torch(
         return m.node("rearrange", (*args, pattern), node, frame, {}, module)
     if short == "FusedLinear" and args and not kwargs:
         return _fused_linear(m, frame, node, module, args)
+    if module.torch_name == PRISMATIC and isinstance(module.attributes.get("expert"), Module):
+        return _expert(m, frame, node, module, args, kwargs)
     op = MODULE_OPS.get(short)
     if op is None:
         return m.node("opaque", args, node, frame, kwargs, module, name=short)
@@ -410,6 +415,18 @@ def _fused_linear(m: Machine, frame: Frame, node: ast.AST, module: Module, args:
     if len(args) == 1 and isinstance(parts, Many):
         args = args * len(parts.items)
     return Many([m.node("linear", (arg,), node, frame, {}, module) for arg in args], "tuple")
+
+
+def _expert(
+    m: Machine, frame: Frame, node: ast.AST, module: Module, args: list[Value], kwargs: dict[str, Value]
+) -> Value:
+    """What a Prismatic module does: its expert runs, with the operation left open where there are several."""
+    left = {name: value for name, value in kwargs.items() if name != "padding_mask"}
+    kinds = module.args.get("architectures")
+    if isinstance(kinds, Many) and kinds.items:
+        same = all(isinstance(k, Const) for k in kinds.items) and len({repr(k) for k in kinds.items}) == 1
+        left["pos_type"] = kinds.items[0] if same else m.node("unknown", (), node, frame, name="pos_type")
+    return invoke(m, frame, node, module.attributes["expert"], args, left)
 
 
 def ordered(op: str, args: Sequence[Value], kwargs: dict[str, Value]) -> tuple[list[Value], dict[str, Value]]:
@@ -435,6 +452,11 @@ def torch_attribute(m: Machine, frame: Frame, node: ast.AST, module: Module, att
         made = m.node("parameter", (), node, frame, module=module, name=attr)
         m.set_attribute(module, attr, made)
         return made
+    expert = module.attributes.get("expert") if module.torch_name == PRISMATIC else None
+    if isinstance(expert, Module) and not hasattr_of_module(attr):
+        from modernizer.graph.expressions import get_attribute
+
+        return get_attribute(m, frame, node, expert, attr)
     if attr in module.args:
         return module.args[attr]
     if module.torch_name in ("", "torch.nn.Module") and not hasattr_of_module(attr):

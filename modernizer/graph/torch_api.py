@@ -27,6 +27,7 @@ SIGNATURES = {
     "Linear": ("in_features", "out_features", "bias", "device", "dtype"),
     "FusedLinear": ("in_features", "out_features", "bias", "device", "dtype"),
     "PrismAdapter": ("in_features", "out_features", "bias"),
+    "Prismatic": ("expert", "num_experts", "architectures"),
     "Embedding": ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
                   "sparse", "_weight", "_freeze", "device", "dtype"),
     "Conv1d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias",

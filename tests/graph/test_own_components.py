@@ -95,6 +95,45 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [("", []), ("['rope', 'rope']", ["rotary"]), ("['none', 'rope']", ["rotary", "merge"])],
+)
+def test_a_prismatic_module_runs_its_expert(tmp_path: Path, architectures: str, expected: list[str]) -> None:
+    text = f"""
+import torch.nn as nn
+from modernizer.components import Prismatic, RotaryEmbedding
+
+
+class Inner(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.heads, self.linear, self.rotary = heads, nn.Linear(4, 4), RotaryEmbedding()
+
+    def forward(self, x, pos_type="none"):
+        if pos_type == "rope":
+            x = self.rotary(x)
+        return self.linear(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Prismatic(Inner(8), 2{f", {architectures}" if architectures else ""})
+
+    def forward(self, x):
+        return self.inner(x), self.inner.heads
+"""
+    graph = graph_of(tmp_path, net=text)
+    assert ops(graph, "rotary", "merge", "linear", "opaque") == [*expected, "linear"]
+    (run,) = graph.runs
+    assert run.frame is not None and isinstance(run.frame.result, Many)
+    heads = run.frame.result.items[1]
+    assert isinstance(heads, Const) and heads.value == 8
+    (expert,) = [m for m in graph.machine.modules if m.name == "expert"]
+    assert expert.owner is not None and expert.owner.name == "inner"
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         ("64", ["relu", "relu"]),
