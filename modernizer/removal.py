@@ -295,7 +295,7 @@ class Removal:
         """The outermost statements that only make these entities; None where one of them is read elsewhere."""
         statements: dict[ast.stmt, None] = {}
         for entity in list(entities):
-            for node in self._uses(entity):
+            for node in self.uses(entity):
                 if self.is_gone(node) and not self._is_kept_target(node):
                     continue
                 serving = self._outermost(node, entities)
@@ -472,7 +472,7 @@ class Removal:
             for e in entities
         )  # fmt: skip
 
-    def _uses(self, entity: Entity) -> list[ast.AST]:
+    def uses(self, entity: Entity) -> list[ast.AST]:
         """Every place that names an entity."""
         if isinstance(entity, Local):
             return list(names_below(entity.function).get(entity.name, ()))

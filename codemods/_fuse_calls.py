@@ -1,0 +1,276 @@
+"""The calls of separate projections in one function become one call, made where the first of them stood."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
+
+from codemods._fuse_families import Cannot
+from codemods._fuse_layout import changes_in_place, copies_needed
+from codemods._fuse_uses import Calls
+from modernizer.edit import Delete, Edit, Insert, Replace
+from modernizer.graph.machine import Machine
+from modernizer.graph.query import base, strip_views
+from modernizer.graph.values import Node, Value
+from modernizer.source import SourceFile
+from modernizer.syntax import below, block_of, free_name, names_in, outward
+
+SIMPLE = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr
+ONCE = ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.IfExp | ast.BoolOp
+LETTERS = {3: ("q", "k", "v"), 2: ("k", "v")}
+WORDS = {3: ("query", "key", "value"), 2: ("key", "value")}
+
+
+@dataclass(eq=False)
+class Site:
+    """The calls in one function: their statements, what they read, and what must be known to join them."""
+
+    calls: Calls
+    source: SourceFile
+    arguments: Sequence[ast.expr]
+    statements: Sequence[ast.stmt]  # for each call
+    region: Sequence[ast.stmt]  # from the first of the statements to the last
+    receiver: str
+    copies: Sequence[str]  # for each call, what its users need of its memory
+    one_input: bool  # all calls surely read the same tensor
+    shares: bool = field(default=False)  # two of them did, in some run
+
+
+def read_site(calls: Calls, source: SourceFile, machine: Machine) -> Site:
+    """The calls of one function, checked; raises Cannot where they cannot be made at one time."""
+    at = source.location(calls.calls[0])
+    tree = source.tree
+    statements = [_statement(call, source) for call in calls.calls]
+    block = block_of(tree, statements[0])
+    if any(statement not in block for statement in statements):
+        raise Cannot(f"its layers are called in different branches of `{calls.function.name}`", at)
+    places = [block.index(statement) for statement in statements]
+    region = block[min(places) : max(places) + 1]
+    arguments = [_argument(call, source) for call in calls.calls]
+    own = calls.calls[0].func
+    assert isinstance(own, ast.Attribute) and isinstance(own.value, ast.Name)
+    texts = {ast.dump(argument) for argument in arguments}
+    for argument, statement in zip(arguments, statements, strict=True):
+        _check_argument(argument, len(texts) == 1, source)
+        _check_unchanged(argument, region, statement, source)
+    site = Site(calls, source, arguments, statements, region, own.value.id, [], len(texts) == 1)
+    _look_at_runs(site, machine)
+    return site
+
+
+def _statement(call: ast.Call, source: SourceFile) -> ast.stmt:
+    """The statement that makes a call, each time and once."""
+    inner: ast.AST = call
+    for node in outward(source.tree, call):
+        if isinstance(node, ast.stmt):
+            if not isinstance(node, SIMPLE):
+                raise Cannot("a layer is called in the head of a block", source.location(call))
+            if any(isinstance(n, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom) for n in below(node)):
+                raise Cannot("a layer is called in a statement that does more", source.location(call))
+            return node
+        first = isinstance(node, ast.BoolOp) and node.values[0] is inner
+        tested = isinstance(node, ast.IfExp) and node.test is inner
+        if isinstance(node, ONCE) and not first and not tested:
+            raise Cannot("a layer is called in an expression that may run never or often", source.location(call))
+        inner = node
+    raise AssertionError("a call outside of any statement")
+
+
+def _argument(call: ast.Call, source: SourceFile) -> ast.expr:
+    if len(call.args) == 1 and not call.keywords and not isinstance(call.args[0], ast.Starred):
+        return call.args[0]
+    if not call.args and len(call.keywords) == 1 and call.keywords[0].arg == "input":
+        return call.keywords[0].value
+    raise Cannot("a layer is called with more than its input", source.location(call))
+
+
+def _check_argument(argument: ast.expr, is_shared: bool, source: SourceFile) -> None:
+    """An input that is named can be handed over; one that is computed only where it is the same for all."""
+    if isinstance(argument, ast.Name):
+        return
+    parts = list(ast.walk(argument))
+    if any(isinstance(node, ast.Call | ast.Lambda | ast.GeneratorExp | ast.ListComp) for node in parts):
+        raise Cannot("the input of a layer is computed in its call", source.location(argument),
+                     "give it a name before the calls")  # fmt: skip
+    if not is_shared:
+        raise Cannot("the inputs of its layers are not all plain names", source.location(argument),
+                     "give them names before the calls")  # fmt: skip
+
+
+def _check_unchanged(argument: ast.expr, region: Sequence[ast.stmt], until: ast.stmt, source: SourceFile) -> None:
+    """What an input is made of must not be given another value between the first call and its own."""
+    names = {node.id for node in ast.walk(argument) if isinstance(node, ast.Name)}
+    attributes = {ast.unparse(node) for node in ast.walk(argument) if isinstance(node, ast.Attribute | ast.Subscript)}
+    for statement in region[: list(region).index(until)]:
+        for node in below(statement):
+            stores = isinstance(getattr(node, "ctx", None), ast.Store | ast.Del)
+            name = node.id if isinstance(node, ast.Name) else None
+            if (stores and (name in names or (name is None and isinstance(node, ast.expr)
+                                              and ast.unparse(node) in attributes))) or (
+                isinstance(node, ast.Global | ast.Nonlocal) and names & set(node.names)
+            ):  # fmt: skip
+                changed = ast.unparse(node) if isinstance(node, ast.expr) else ", ".join(sorted(names))
+                raise Cannot(f"`{changed}` changes between the calls of its layers", source.location(node))
+
+
+def _look_at_runs(site: Site, machine: Machine) -> None:
+    """What the runs of the function show: inputs that are one tensor, and what becomes of the outputs."""
+    needed = [""] * len(site.calls.calls)
+    results: dict[int, list[tuple[int, Node]]] = {}
+    for index, call in enumerate(site.calls.calls):
+        for frame, value in machine.at[call]:
+            if not isinstance(value, Node) or value.op != "linear":
+                raise Cannot("a layer gives something else than its product", site.source.location(call))
+            results.setdefault(id(frame), []).append((index, value))
+            needed[index] = max(needed[index], copies_needed(value), key=["", "contiguous", "clone"].index)
+    for run in results.values():
+        _check_run(site, machine, [node for _, node in run])
+        inputs = {index: node.args[0] for index, node in run}
+        neighbours = [inputs.get(i) for i in range(len(needed))]
+        site.shares |= any(a is not None and a is b for a, b in pairwise(neighbours))
+    site.shares |= site.one_input
+    site.copies = needed
+
+
+def _check_run(site: Site, machine: Machine, products: Sequence[Node]) -> None:
+    """Between the first product and the last, nothing may change an input in place."""
+    orders = [node.order for node in products]
+    roots = {id(root) for node in products for root in _memory(node.args[0])}
+    for node in machine.nodes[min(orders) : max(orders)]:
+        if changes_in_place(node) and node.args and any(id(root) in roots for root in _memory(node.args[0])):
+            raise Cannot("an input of its layers is changed in place between their calls",
+                         site.source.location(site.calls.calls[0]))  # fmt: skip
+
+
+def _memory(value: Value) -> list[Value]:
+    """The data whose memory a value may be."""
+    root = strip_views(value)
+    if isinstance(root, Node) and root.op == "merge":
+        return [part for option in root.args for part in _memory(option)]
+    return [root, base(value)]
+
+
+# -- the edits
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What the calls become: a call that gives as many results, as code without its argument list."""
+
+    attribute: str
+    splits: str  # what cuts the result into its parts, '' where the layer does
+
+    def code(self, site: Site) -> str:
+        inputs = [site.source.code(argument) for argument in site.arguments]
+        if site.one_input:
+            inputs = inputs[:1]
+        return f"{site.receiver}.{self.attribute}({', '.join(inputs)}){self.splits}"
+
+
+def join_calls(site: Site, joint: Joint) -> list[Edit]:
+    """The edits that put one call in the place of several."""
+    path, first = site.source.path, site.region[0]
+    names = _names(site)
+    call = joint.code(site)
+    bare = [_is_bare(site, index, name) for index, name in enumerate(names)]
+    if all(bare) and all(site.copies):
+        copy = max(site.copies, key=["", "contiguous", "clone"].index)
+        joined = f"{', '.join(names)} = (part.{copy}() for part in {call})\n"
+        copies = [""] * len(names)
+    else:
+        joined, copies = f"{', '.join(names)} = {call}\n", list(site.copies)
+    gone = _gone(site, names, copies)
+    edits: list[Edit] = []
+    if first in gone:
+        edits.append(Replace(path, first, joined))
+    else:
+        edits.append(Insert(path, first, joined, where="before"))
+    before: ast.stmt = first
+    for statement in site.region:
+        if statement in gone and statement is not first:
+            edits.append(_removed(site.source, statement, keep_comments=before not in gone))
+        before = statement
+    for node, name, copy, statement in zip(site.calls.calls, names, copies, site.statements, strict=True):
+        if statement not in gone:
+            edits.append(Replace(path, node, f"{name}.{copy}()" if copy else name))
+    return edits
+
+
+def _removed(source: SourceFile, statement: ast.stmt, keep_comments: bool) -> Edit:
+    """Takes out a statement. What is said above it may be about the code behind it: it stays where asked."""
+    lines = source.text.splitlines()[: statement.lineno - 1]
+    above = list(takewhile(lambda line: line.lstrip().startswith("#"), reversed(lines))) if keep_comments else []
+    if not above:
+        return Delete(source.path, statement)
+    return Replace(source.path, statement, "".join(f"{line.strip()}\n" for line in reversed(above)))
+
+
+def _names(site: Site) -> list[str]:
+    """The variables that hold the parts: those that the results went to, where nothing is in the way."""
+    count = len(site.calls.calls)
+    names: list[str] = []
+    taken = names_in(site.calls.function)
+    for index in range(count):
+        wanted = _target(site, index)
+        if wanted is None or wanted in names or not _is_free(site, index, wanted):
+            letter, word = LETTERS[count][index], WORDS[count][index]
+            wanted = letter if letter not in taken else free_name(word, taken) if word not in taken else ""
+            wanted = wanted or free_name(f"{letter}_part", taken)
+            taken.add(wanted)
+        names.append(wanted)
+    return names
+
+
+def _target(site: Site, index: int) -> str | None:
+    """The variable that the statement of a call assigns, where the call is part of what it is given."""
+    statement, call = site.statements[index], site.calls.calls[index]
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    target, value = statement.targets[0], statement.value
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+        pairs = zip(target.elts, value.elts, strict=True)
+        target, value = next((pair for pair in pairs if call in below(pair[1])), (target, value))
+    return target.id if isinstance(target, ast.Name) else None
+
+
+def _is_free(site: Site, index: int, name: str) -> bool:
+    """Whether a variable may be given its part before the first of the statements: until its own statement nobody
+    reads what it was, or gives it another value."""
+    own = site.statements[index]
+    read_by_calls = {node for argument in site.arguments for node in ast.walk(argument)}
+    for statement in site.region:
+        for node in below(statement):
+            if isinstance(node, ast.Name) and node.id == name and node not in read_by_calls:
+                is_own_target = statement is own and isinstance(node.ctx, ast.Store)
+                if not is_own_target:
+                    return False
+            if isinstance(node, ast.Global | ast.Nonlocal) and name in node.names:
+                return False
+        if statement is own:
+            return True
+    return False
+
+
+def _is_bare(site: Site, index: int, name: str) -> bool:
+    """Whether all that a statement does is to assign the results of calls to the variables of the parts."""
+    statement = site.statements[index]
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or _target(site, index) != name:
+        return False
+    value = statement.value
+    parts = value.elts if isinstance(value, ast.Tuple) else [value]
+    return all(part in site.calls.calls for part in parts)
+
+
+def _gone(site: Site, names: Sequence[str], copies: Sequence[str]) -> set[ast.stmt]:
+    """The statements of which `q = q` would be left."""
+    gone: set[ast.stmt] = set()
+    for statement in site.statements:
+        own = [i for i, other in enumerate(site.statements) if other is statement]
+        if all(_is_bare(site, i, names[i]) and not copies[i] for i in own):
+            gone.add(statement)
+    return gone
+
+
+__all__ = ["Joint", "Site", "join_calls", "read_site"]

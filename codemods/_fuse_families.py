@@ -1,0 +1,154 @@
+"""Which layers make query, key and value: found from the attentions, grouped by the code that constructs them."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from modernizer.graph.query import is_torch, location, origin
+from modernizer.graph.values import Module, Node
+from modernizer.model_map import ModelMap
+from modernizer.model_map.attention import Attention
+from modernizer.rule import Modern, Refusal
+from modernizer.source import Location
+
+ROLES = ("query", "key", "value")
+MODERN_FORMS = {
+    "mha": "torch's own module, in which one matrix projects query, key and value",
+    "torch_layer": "torch's own layers, in which one matrix projects query, key and value",
+}
+
+
+class Cannot(Exception):
+    """Why projections are not fused, where that is seen, and what the person could change."""
+
+    def __init__(self, reason: str, at: Location | None = None, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.at, self.hint = reason, at, hint
+
+
+@dataclass(eq=False)
+class Family:
+    """The layers that one piece of code makes for query, key and value, in this order."""
+
+    calls: tuple[ast.Call, ...]  # their constructors
+    modules: tuple[Sequence[Module], ...]  # for each constructor, what it has made
+    contexts: list[Attention] = field(default_factory=list)
+    trouble: Cannot | None = None  # another attention uses these layers in a way that is not understood
+
+    @property
+    def location(self) -> Location:
+        frame = self.modules[0][0].frame
+        assert frame is not None
+        return location(self.calls[0], frame)
+
+    def without_query(self) -> Family:
+        """The layers of key and value alone."""
+        return Family(self.calls[1:], self.modules[1:], self.contexts, self.trouble)
+
+
+@dataclass
+class Found:
+    """What the attentions of a program say about their projections."""
+
+    families: list[Family] = field(default_factory=list)
+    modern: list[Modern] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+
+def find_families(model: ModelMap) -> Found:
+    """The families of separate projections, the attentions that have none, and those of which it cannot be told."""
+    found = Found()
+    families: dict[tuple[ast.Call, ...], Family] = {}
+    unclear: list[tuple[Attention, Cannot]] = []
+    made: dict[ast.AST, list[Module]] = defaultdict(list)
+    for module in model.graph.machine.modules:
+        if module.call is not None:
+            made[module.call].append(module)
+    for site in model.attentions:
+        reasons = [_why_modern(context) for context in site.contexts]
+        if all(reasons):
+            found.modern.append(Modern(site.location, reasons[0]))
+        for context, reason in zip(site.contexts, reasons, strict=True):
+            try:
+                calls = () if reason else _constructors(context)
+            except Cannot as cannot:
+                unclear.append((context, cannot))
+                continue
+            if calls:
+                family = families.setdefault(calls, Family(calls, tuple(made[call] for call in calls)))
+                family.contexts.append(context)
+    found.families = list(families.values())
+    for context, trouble in unclear:
+        touched = [family for family in found.families if set(family.calls) & _layers(context)]
+        for family in touched:
+            family.trouble = family.trouble or trouble
+        if not touched and trouble.at is not None:
+            found.refusals.append(Refusal(trouble.at, trouble.reason, trouble.hint))
+    found.refusals = list({(r.location, r.reason): r for r in found.refusals}.values())
+    return found
+
+
+def _projections(context: Attention) -> tuple[Sequence[Node], Sequence[Node], Sequence[Node]]:
+    return context.query_projections, context.key_projections, context.value_projections
+
+
+def _layers(context: Attention) -> set[ast.AST | None]:
+    return {_maker(node) for nodes in _projections(context) for node in nodes if node.module}
+
+
+def _maker(node: Node) -> ast.AST | None:
+    """The constructor of the layer that projects, the product itself where there is no layer."""
+    return origin(node.module).call if node.module is not None else node.node
+
+
+def _why_modern(context: Attention) -> str:
+    """Why there is nothing to fuse, '' where there may be."""
+    if context.form in MODERN_FORMS:
+        return MODERN_FORMS[context.form]
+    query, key, value = ({node.module or node.node for node in nodes} for nodes in _projections(context))
+    if query == key == value and len(query) == 1:
+        return "query, key and value come out of one projection"
+    if key == value and len(key) == 1 and query and not query & key:
+        return "key and value come out of one projection"
+    return ""
+
+
+def _constructors(context: Attention) -> tuple[ast.Call, ...]:
+    """The constructors of the three layers; raises Cannot where there are no three."""
+    at = location(context.scores.node, context.frame) if context.scores.node is not None else None
+    found: dict[ast.Call, str] = {}
+    for role, nodes in zip(ROLES, _projections(context), strict=True):
+        if not nodes:
+            raise Cannot(f"where its {role} is projected cannot be told", at)
+        if any(node.module is None for node in nodes):
+            raise Cannot(f"its {role} is the product with a bare parameter, not the output of a layer", at)
+        makers = {_maker(node) for node in nodes}
+        if len(makers) > 1:
+            raise Cannot(f"its {role} is made of several projections", at)
+        other = next((said for node in nodes if (said := _other_kind(node))), "")
+        if other:
+            raise Cannot(f"its {role} is projected by {other}, not by a linear layer of torch's", at)
+        (maker,) = makers
+        if not isinstance(maker, ast.Call):
+            raise Cannot(f"how the layer of its {role} is made cannot be seen", at)
+        if maker in found:
+            raise Cannot(f"one piece of code makes the layers of both {found[maker]} and {role}", at)
+        found[maker] = role
+    return tuple(found)
+
+
+def _other_kind(node: Node) -> str:
+    """What projects, '' where it is a plain linear layer of torch's."""
+    module = node.module
+    assert module is not None
+    if is_torch(module, "Linear"):
+        return ""
+    if module.cls is not None:
+        return f"the project's own class {module.cls.name}"
+    return "a convolution" if node.op.startswith("conv") else module.class_name
+
+
+__all__ = ["ROLES", "Cannot", "Family", "Found", "find_families"]

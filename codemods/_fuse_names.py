@@ -1,0 +1,43 @@
+"""What a joint projection is called: after the layers that it takes the place of, and like nothing else there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from itertools import takewhile
+
+from modernizer.project import Project
+from modernizer.syntax import free_name, mentions
+
+
+def joint_name(names: Sequence[str], project: Project, taken: Collection[str] = ()) -> str:
+    """`w_q`, `w_k` and `w_v` give `w_qkv`; `key` and `value` give `kv`.
+
+    A name that the program uses for any attribute is not given: whoever reads a checkpoint backwards must be able to
+    tell the joint layers by it.
+    """
+    used = set(taken)
+    for file in project.files():
+        named = mentions(file.tree)
+        used |= named.attributes.keys() | named.strings.keys()
+        used |= {part for text in named.strings if "." in text for part in text.split(".")}
+    return free_name(_wanted(names), used)
+
+
+def _wanted(names: Sequence[str]) -> str:
+    prefix = _common(names)
+    suffix = _common([name[len(prefix) :][::-1] for name in names])[::-1]
+    cores = [name[len(prefix) : len(name) - len(suffix)] for name in names]
+    letters = "qkv"[-len(names) :]
+    if all(core[:1].lower() == letter for core, letter in zip(cores, letters, strict=True)):
+        joined = letters.upper() if all(core[:1].isupper() for core in cores) else letters
+        suffix = "" if suffix in ("s", "y", "ys") else suffix
+        return f"{prefix}{joined}{suffix}"
+    found = re.match(r"_*", names[0])
+    return f"{found.group() if found else ''}{letters}"
+
+
+def _common(names: Sequence[str]) -> str:
+    """The letters with which all names begin."""
+    columns = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in columns)

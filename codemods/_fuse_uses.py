@@ -1,0 +1,172 @@
+"""Who uses the layers of a definition: each one must be called, once, beside its siblings, and used in no other way."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from codemods._fuse_definitions import Definition
+from codemods._fuse_families import Cannot
+from modernizer.graph.values import Class, External, Node, Object, Package
+from modernizer.model_map import ModelMap
+from modernizer.removal import Attribute, Removal
+from modernizer.report import shown
+from modernizer.source import SourceFile
+from modernizer.syntax import below, function_of, mentions
+
+DYNAMIC = frozenset({"getattr", "setattr", "hasattr", "delattr"})
+INSIDE = frozenset({"__dict__", "_modules", "_parameters", "__getattr__", "__setattr__", "_load_from_state_dict",
+                    "named_children", "children"})  # fmt: skip
+LOOKUPS = frozenset({"get", "pop", "setdefault", "update", "add_argument", "print", "format", "warn", "info", "debug"})
+
+
+@dataclass(eq=False)
+class Calls:
+    """The calls of all layers of a definition in one function, in the order of the layers."""
+
+    function: ast.FunctionDef
+    calls: Sequence[ast.Call]
+
+
+class Uses:
+    """The uses of attributes in everything that was read of a program."""
+
+    def __init__(self, model: ModelMap) -> None:
+        self.machine = model.graph.machine
+        self.project = model.project
+        self.removal = Removal(model.graph)
+
+    def calls(self, made: Definition) -> list[Calls]:
+        """The functions that call the layers; raises Cannot where anything else is done with one of them."""
+        self._check_inside(made)
+        by_function: dict[ast.FunctionDef, dict[str, list[ast.Call]]] = defaultdict(lambda: defaultdict(list))
+        for name in made.names:
+            self._check_strings(made, name)
+            for use in self._uses(made, name):
+                call = self.removal.parent(use)
+                if not (isinstance(call, ast.Call) and call.func is use):
+                    raise Cannot(f"`{name}` is not only called: {self._shown(use)}", self.removal.location(use))
+                function = function_of(self._source(use).tree, call)
+                if not self._is_method(function, use):
+                    raise Cannot(f"`{name}` is called outside of a method", self.removal.location(use))
+                assert isinstance(function, ast.FunctionDef)
+                by_function[function][name].append(call)
+        found: list[Calls] = []
+        for function, calls in by_function.items():
+            for name in made.names:
+                if len(calls[name]) != 1:
+                    times = "not called" if not calls[name] else "called more than once"
+                    raise Cannot(f"`{name}` is {times} in `{function.name}`", self.removal.location(function))
+            found.append(Calls(function, [calls[name][0] for name in made.names]))
+        if not found:
+            raise Cannot("its layers are never called", made.family.location)
+        for each in found:
+            for call in each.calls:
+                if call not in self.machine.at:
+                    raise Cannot("a call of its layers is never reached", self.removal.location(call))
+        return found
+
+    def _uses(self, made: Definition, name: str) -> Iterator[ast.AST]:
+        """Every mention of an attribute but its definition."""
+        targets = {statement.targets[0] for statement in made.statements}
+        for use in self.removal.uses(Attribute(frozenset({made.owner}), name)):
+            if use not in targets and not self._is_something_else(use):
+                yield use
+
+    def _is_something_else(self, use: ast.AST) -> bool:
+        """Whether `x.name` is read of what is surely no module."""
+        if not isinstance(use, ast.Attribute):
+            return False
+        seen = [value for _, value in self.machine.at.get(use.value, ())]
+        return bool(seen) and not any(isinstance(value, Object | Node) for value in seen)
+
+    def _is_method(self, function: ast.AST | None, use: ast.AST) -> bool:
+        """Whether a function is a method, and the layer is read of what it calls `self`."""
+        if not isinstance(function, ast.FunctionDef) or not isinstance(self.removal.parent(function), ast.ClassDef):
+            return False
+        own = function.args.args[0].arg if function.args.args else ""
+        return isinstance(use, ast.Attribute) and isinstance(use.value, ast.Name) and use.value.id == own
+
+    def _check_inside(self, made: Definition) -> None:
+        """Refuses classes that reach for their attributes by names that are not written out."""
+        classes = {made.owner} | {
+            base.node
+            for modules in made.family.modules
+            for module in modules
+            if module.owner is not None and module.owner.cls is not None
+            for base in module.owner.cls.mro
+            if isinstance(base, Class)
+        }
+        for cls in classes:
+            for node in below(cls):
+                name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+                reaches = (
+                    isinstance(node, ast.Call)
+                    and name in DYNAMIC
+                    and len(node.args) > 1
+                    and not isinstance(node.args[1], ast.Constant)
+                    and not self._is_outside(node.args[0])
+                )
+                if isinstance(node, ast.Attribute | ast.FunctionDef):
+                    reaches = (node.attr if isinstance(node, ast.Attribute) else node.name) in INSIDE
+                if reaches:
+                    raise Cannot("its class reaches for its attributes by name", self.removal.location(node))
+            if any("jit" in ast.unparse(d) for n in below(cls) for d in getattr(n, "decorator_list", ())):
+                raise Cannot("its class is compiled by TorchScript", made.family.location)
+
+    def _is_outside(self, node: ast.expr) -> bool:
+        """`getattr(F, name)`"""
+        seen = [value for _, value in self.machine.at.get(node, ())]
+        return bool(seen) and all(isinstance(value, External | Package) for value in seen)
+
+    # -- names in strings
+
+    def _check_strings(self, made: Definition, name: str) -> None:
+        for file in self.project.files():
+            strings = mentions(file.tree).strings
+            for text, nodes in strings.items():
+                if name != text and (name not in text.split(".") or re.search(r"\s", text)):
+                    continue
+                for node in nodes:
+                    if not self._is_a_word_of_its_own(node, exact=text == name):
+                        raise Cannot(f"a string names the layer `{name}`: {text!r}", self.removal.location(node))
+
+    def mentions_elsewhere(self, names: Sequence[str]) -> list[str]:
+        """The files beside those that were read which name a parameter of the layers, each with the line."""
+        parameter = re.compile(rf"\b({'|'.join(map(re.escape, names))})\.(weight|bias)\b")
+        read = {file.path for file in self.project.files()}
+        found: list[str] = []
+        for path, text in self.project.texts_around().items():
+            match = parameter.search(text) if path not in read else None
+            if match is not None:
+                found.append(f"{shown(path)}:{text.count(chr(10), 0, match.start()) + 1} names `{match.group()}`")
+        return found
+
+    def _is_a_word_of_its_own(self, node: ast.Constant, exact: bool) -> bool:
+        """Whether a string is a key or a text for people rather than the name of an attribute."""
+        parent = self.removal.parent(node)
+        if isinstance(parent, ast.Expr):
+            return True
+        if not exact:
+            return False
+        if isinstance(parent, ast.Dict):
+            return node in parent.keys
+        if isinstance(parent, ast.Call):
+            function = parent.func.attr if isinstance(parent.func, ast.Attribute) else getattr(parent.func, "id", "")
+            return function in LOOKUPS
+        return isinstance(parent, ast.Subscript | ast.Raise)
+
+    def _shown(self, node: ast.AST) -> str:
+        statement = self.removal.statement(node)
+        return f"`{ast.unparse(statement).splitlines()[0][:80]}`"
+
+    def _source(self, node: ast.AST) -> SourceFile:
+        source = self.project.source(self.removal.path(node))
+        assert source is not None
+        return source
+
+
+__all__ = ["Calls", "Uses"]
