@@ -52,6 +52,8 @@ def read_site(calls: Calls, source: SourceFile, machine: Machine) -> Site:
     own = calls.calls[0].func
     assert isinstance(own, ast.Attribute) and isinstance(own.value, ast.Name)
     texts = {ast.dump(argument) for argument in arguments}
+    if len(texts) > 1:
+        _check_no_way_out(region, source)
     for argument, statement in zip(arguments, statements, strict=True):
         _check_argument(argument, len(texts) == 1, source)
         _check_unchanged(argument, region, statement, source)
@@ -97,6 +99,14 @@ def _check_argument(argument: ast.expr, is_shared: bool, source: SourceFile) -> 
     if not is_shared:
         raise Cannot("the inputs of its layers are not all plain names", source.location(argument),
                      "give them names before the calls")  # fmt: skip
+
+
+def _check_no_way_out(region: Sequence[ast.stmt], source: SourceFile) -> None:
+    """A later input need not be there where the function was to end before it was read."""
+    for statement in region[:-1]:
+        for node in below(statement):
+            if isinstance(node, ast.Return | ast.Raise | ast.Break | ast.Continue | ast.Try):
+                raise Cannot("between the calls of its layers their function may end", source.location(node))
 
 
 def _check_unchanged(argument: ast.expr, region: Sequence[ast.stmt], until: ast.stmt, source: SourceFile) -> None:

@@ -33,6 +33,13 @@ class Definition:
         return len({ast.dump(given["out_features"]) for given in self.arguments}) == 1
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """How long the parts are, where the code says so in numbers; else nothing."""
+        given = [arguments["out_features"] for arguments in self.arguments]
+        numbers = [g.value for g in given if isinstance(g, ast.Constant) and isinstance(g.value, int)]
+        return tuple(numbers) if len(numbers) == len(given) else ()
+
+    @property
     def has_bias(self) -> bool | None:
         """Whether the layers have biases; None where the constructor's caller decides."""
         bias = self.arguments[0].get("bias")

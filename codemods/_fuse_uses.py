@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from codemods._fuse_definitions import Definition
 from codemods._fuse_families import Cannot
-from modernizer.graph.values import Class, External, Node, Object, Package
+from modernizer.graph.values import Class, External, Module, Node, Object, Package
 from modernizer.model_map import ModelMap
 from modernizer.removal import Attribute, Removal
 from modernizer.report import shown
 from modernizer.source import SourceFile
-from modernizer.syntax import below, function_of, mentions
+from modernizer.syntax import below, every_node, function_of, mentions
 
 DYNAMIC = frozenset({"getattr", "setattr", "hasattr", "delattr"})
 INSIDE = frozenset({"__dict__", "_modules", "_parameters", "__getattr__", "__setattr__", "_load_from_state_dict",
@@ -114,8 +114,33 @@ class Uses:
                     reaches = (node.attr if isinstance(node, ast.Attribute) else node.name) in INSIDE
                 if reaches:
                     raise Cannot("its class reaches for its attributes by name", self.removal.location(node))
-            if any("jit" in ast.unparse(d) for n in below(cls) for d in getattr(n, "decorator_list", ())):
-                raise Cannot("its class is compiled by TorchScript", made.family.location)
+
+    def check_program(self, is_plain: bool) -> None:
+        """Refuses programs that compile models, or that know linear layers by their exact class where it changes."""
+        for file in self.project.files():
+            named = mentions(file.tree)
+            scripts: list[ast.AST] = [
+                node
+                for name in ("script", "script_method")
+                for node in named.attributes.get(name, ())
+                if "jit" in ast.unparse(node.value)
+            ]
+            imported = [
+                s for s in named.imports if s.module == "torch.jit" and any("script" in n.name for n in s.names)
+            ]
+            for node in [*scripts, *imported]:
+                raise Cannot(
+                    "the program is compiled by TorchScript, which takes less than Python", file.location(node)
+                )
+            for node in every_node(file.tree) if not is_plain else ():
+                parts: Sequence[ast.AST | None] = ()
+                if isinstance(node, ast.Compare):
+                    parts = [node.left, *node.comparators]
+                elif isinstance(node, ast.Dict):
+                    parts = node.keys
+                if any(_names_linear(part) for whole in parts if whole is not None for part in ast.walk(whole)):
+                    raise Cannot("the program knows linear layers by their exact class, and the joint layer is of"
+                                 " another", file.location(node), "ask with isinstance")  # fmt: skip
 
     def _is_outside(self, node: ast.expr) -> bool:
         """`getattr(F, name)`"""
@@ -153,11 +178,16 @@ class Uses:
         if not exact:
             return False
         if isinstance(parent, ast.Dict):
-            return node in parent.keys
+            return node in parent.keys and not self._is_among_modules(parent)
         if isinstance(parent, ast.Call):
             function = parent.func.attr if isinstance(parent.func, ast.Attribute) else getattr(parent.func, "id", "")
             return function in LOOKUPS
         return isinstance(parent, ast.Subscript | ast.Raise)
+
+    def _is_among_modules(self, node: ast.Dict) -> bool:
+        """Whether the values of a dictionary are modules, so that its keys name their tensors."""
+        seen = [value for part in node.values for _, value in self.machine.at.get(part, ())]
+        return not seen or any(isinstance(value, Module | External | Class) for value in seen)
 
     def _shown(self, node: ast.AST) -> str:
         statement = self.removal.statement(node)
@@ -167,6 +197,11 @@ class Uses:
         source = self.project.source(self.removal.path(node))
         assert source is not None
         return source
+
+
+def _names_linear(node: ast.AST) -> bool:
+    name = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "value", None)
+    return isinstance(name, str) and name == "Linear"
 
 
 __all__ = ["Calls", "Uses"]

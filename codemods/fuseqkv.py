@@ -119,18 +119,19 @@ class _Planner:
         edits: list[Edit] = []
         for made, sites in members:
             plain = made.equal_parts and all(site.one_input for site in sites)
+            self.uses.check_program(plain)
             edits += _definition_edits(made, attribute, plain)
             joint = Joint(attribute, f".chunk({len(names)}, dim=-1)" if plain else "")
             for site in sites:
                 edits += join_calls(site, joint)
         first = members[0][0]
-        owners = ", ".join(dict.fromkeys(made.owner.name for made, _ in members))
+        owners = _owners([made for made, _ in members])
         return Upgrade(
             first.family.location,
             f"{_listed(names)} of {owners} become one projection, `{attribute}`",
             tuple(edits),
             tuple(self._notes(names)),
-            WeightMap.of(*(_group(made, attribute) for made, _ in members)),
+            WeightMap.of(_group([made for made, _ in members], attribute)),
         )
 
     def _notes(self, names: Sequence[str]) -> Iterator[str]:
@@ -158,12 +159,22 @@ def _smaller(family: Family) -> Family:
     return family
 
 
-def _group(made: Definition, attribute: str) -> Group:
-    steps = [Concat(tuple(f"{name}.weight" for name in made.names), f"{attribute}.weight", equal=made.equal_parts)]
-    if made.has_bias is not False:
-        biases = tuple(f"{name}.bias" for name in made.names)
-        steps.append(Concat(biases, f"{attribute}.bias", equal=made.equal_parts, optional=made.has_bias is None))
-    return Group(made.owner.name, tuple(steps))
+def _group(members: Sequence[Definition], attribute: str) -> Group:
+    """What becomes of the tensors: one group for all classes, which a checkpoint cannot tell apart."""
+    names = members[0].names
+    equal = all(made.equal_parts for made in members)
+    sizes = members[0].sizes if len({made.sizes for made in members}) == 1 and not equal else ()
+    weights, biases = (tuple(f"{name}.{kind}" for name in names) for kind in ("weight", "bias"))
+    steps = [Concat(weights, f"{attribute}.weight", equal=equal, sizes=sizes)]
+    has_bias = {made.has_bias for made in members}
+    if has_bias != {False}:
+        optional = has_bias != {True}
+        steps.append(Concat(biases, f"{attribute}.bias", equal=equal, optional=optional, sizes=sizes))
+    return Group(_owners(members), tuple(steps))
+
+
+def _owners(members: Sequence[Definition]) -> str:
+    return ", ".join(dict.fromkeys(made.owner.name for made in members))
 
 
 def _definition_edits(made: Definition, attribute: str, plain: bool) -> Iterator[Edit]:

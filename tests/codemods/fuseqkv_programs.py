@@ -1,0 +1,320 @@
+"""Legacy programs for `fuseqkv`: each has a class `Net` and a function `run(net)` that returns one tensor."""
+
+from __future__ import annotations
+
+HEAD = """
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def data(*sizes):
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+"""
+
+SELF = """
+class Attention(nn.Module):
+    def __init__(self, dim=12, heads=3):
+        super().__init__()
+        self.heads, self.width = heads, dim // heads
+        LAYERS
+        self.out = nn.Linear(dim, dim)
+
+    def split(self, x):
+        return x.view(x.size(0), x.size(1), self.heads, -1).transpose(1, 2)
+
+    def forward(self, x):
+        CALLS
+        weights = F.softmax(q @ k.transpose(-2, -1) / math.sqrt(self.width), dim=-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention() for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def run(net):
+    return net(data(2, 5, 12))
+"""
+
+LAYERS = """
+self.to_q = nn.Linear(dim, dim)
+self.to_k = nn.Linear(dim, dim)
+self.to_v = nn.Linear(dim, dim)
+"""
+CALLS = """
+q = self.split(self.to_q(x))
+k = self.split(self.to_k(x))
+v = self.split(self.to_v(x))
+"""
+
+
+def own(layers: str = LAYERS, calls: str = CALLS, program: str = SELF) -> str:
+    """A program whose attention has these layers and makes these calls."""
+
+    def filled(text: str, mark: str, code: str) -> str:
+        indented = "\n".join(f"        {line}" if line else "" for line in code.strip("\n").splitlines())
+        return text.replace(f"        {mark}", indented)
+
+    return HEAD + filled(filled(program, "LAYERS", layers), "CALLS", calls)
+
+
+BOTH = """
+class Attention(nn.Module):
+    def __init__(self, dim=12, heads=3):
+        super().__init__()
+        self.heads = heads
+        LAYERS
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, query, key, value, mask=None):
+        b, width = query.size(0), query.size(-1) // self.heads
+        CALLS
+        scores = torch.matmul(q, k.transpose(-2, -1)) / math.sqrt(width)
+        if mask is not None:
+            scores = scores.masked_fill(mask == 0, -1e9)
+        return self.out(torch.matmul(scores.softmax(-1), v).transpose(1, 2).contiguous().view(b, -1, self.heads * width))
+
+
+class Block(nn.Module):
+    def __init__(self, dim=12):
+        super().__init__()
+        self.own, self.cross = Attention(dim), Attention(dim)
+
+    def forward(self, x, memory, mask):
+        x = x + self.own(x, x, x, mask)
+        return x + self.cross(x, memory, memory)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+
+    def forward(self, x, memory):
+        mask = torch.tril(torch.ones(x.size(1), x.size(1)))
+        for block in self.blocks:
+            x = block(x, memory, mask)
+        return x
+
+
+def run(net):
+    return net(data(2, 5, 12), data(2, 7, 12))
+"""
+BOTH_CALLS = """
+q = self.to_q(query).view(b, -1, self.heads, width).transpose(1, 2)
+k = self.to_k(key).view(b, -1, self.heads, width).transpose(1, 2)
+v = self.to_v(value).view(b, -1, self.heads, width).transpose(1, 2)
+"""
+
+CROSS = """
+class Cross(nn.Module):
+    def __init__(self, dim=8, memory_dim=10, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(memory_dim, dim)
+        self.v = nn.Linear(memory_dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x, memory):
+        b, t, c = x.shape
+        q = self.q(x).reshape(b, t, self.heads, -1).transpose(1, 2)
+        k = self.k(memory).reshape(b, memory.shape[1], self.heads, -1).transpose(1, 2)
+        v = self.v(memory).reshape(b, memory.shape[1], self.heads, -1).transpose(1, 2)
+        w = torch.softmax(q @ k.transpose(2, 3) / (c // self.heads) ** 0.5, -1)
+        return self.out((w @ v).transpose(1, 2).reshape(b, t, c))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cross = Cross()
+
+    def forward(self, x, memory):
+        return x + self.cross(x, memory)
+
+
+def run(net):
+    return net(data(2, 5, 8), data(2, 7, 10))
+"""
+
+HEADS = """
+class Head(nn.Module):
+    def __init__(self, width, dim):
+        super().__init__()
+        self.key = nn.Linear(dim, width, bias=False)
+        self.query = nn.Linear(dim, width, bias=False)
+        self.value = nn.Linear(dim, width, bias=False)
+        self.register_buffer("tril", torch.tril(torch.ones(9, 9)))
+
+    def forward(self, x):
+        T = x.shape[1]
+        k = self.key(x)
+        q = self.query(x)
+        weights = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5
+        weights = weights.masked_fill(self.tril[:T, :T] == 0, float("-inf"))
+        weights = F.softmax(weights, dim=-1)
+        v = self.value(x)
+        return weights @ v
+
+
+class Net(nn.Module):
+    def __init__(self, dim=12, heads=3):
+        super().__init__()
+        self.heads = nn.ModuleList([Head(dim // heads, dim) for _ in range(heads)])
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.proj(torch.cat([head(x) for head in self.heads], dim=-1))
+
+
+def run(net):
+    return net(data(2, 5, 12))
+"""
+
+OVERRIDING = """
+
+class Wide(Attention):
+    def __init__(self):
+        super().__init__()
+        self.to_q = nn.Linear(12, 12, bias=False)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Attention(), Wide()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+"""
+
+FORMS = {
+    "plain": own(),
+    "no bias": own(LAYERS.replace("dim, dim)", "dim, dim, bias=False)")),
+    "one line": own(LAYERS, "q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))"),
+    "bare results": own(calls="q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)\n"
+                              "q, k, v = (self.split(part) for part in (q, k, v))"),
+    "a value of another width": own(LAYERS.replace("self.to_v = nn.Linear(dim, dim)",
+                                                   "self.to_v = nn.Linear(dim, 2 * dim)"),
+                                    program=SELF.replace("self.out = nn.Linear(dim, dim)",
+                                                         "self.out = nn.Linear(2 * dim, dim)")),
+    "widths in numbers": own("self.to_q = nn.Linear(12, 12)\nself.to_k = nn.Linear(12, 12)\nself.to_v = nn.Linear(12, 6)",
+                             program=SELF.replace("nn.Linear(dim, dim)", "nn.Linear(6, dim)")),
+    "scaled in place": own(calls="q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)\n"
+                                 "q *= 0.5\nq, k, v = self.split(q), self.split(k), self.split(v)"),
+    "viewed across the heads": own(calls="q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)\n"
+                                         "b, t, c = x.shape\n"
+                                         "q = q.view(b * t * self.heads, -1).view(b, t, self.heads, -1).transpose(1, 2)\n"
+                                         "k, v = self.split(k), self.split(v)"),
+    "self and cross": own(calls=BOTH_CALLS, program=BOTH),
+    "cross with widths of its own": HEAD + CROSS,
+    "one module a head": HEAD + HEADS,
+    "a subclass with another query": own() + OVERRIDING,
+}  # fmt: skip
+
+TWO_CLASSES = (
+    own().replace("class Net", "class Mixer(Attention):\n    pass\n\n\nclass Net")
+    + """
+
+class Other(nn.Module):
+    def __init__(self, dim=12):
+        super().__init__()
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = Attention(), Other(), Mixer()
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+"""
+)
+FORMS["two classes of the same names"] = TWO_CLASSES
+
+REFUSED = {
+    "initialised by name": (own(LAYERS + "nn.init.normal_(self.to_k.weight)\n"), "not only called"),
+    "hooked by name": (own(LAYERS + "self.to_v.register_forward_hook(print)\n"), "not only called"),
+    "tied": (own(LAYERS + "self.to_k.weight = self.to_q.weight\n"), "not only called"),
+    "named in a list": (own() + '\nNO_DECAY = ["to_q", "bias"]\n', "a string names the layer"),
+    "named in a pattern": (own() + '\nPATTERN = "layers.0.to_q.weight"\n', "a string names the layer"),
+    "biases that differ": (
+        own("self.to_q = nn.Linear(dim, dim)\nself.to_k = nn.Linear(dim, dim, bias=False)\nself.to_v = nn.Linear(dim, dim)"),
+        "do not agree on a bias",
+    ),
+    "made in a branch": (
+        own("if heads > 1:\n    self.to_q = nn.Linear(dim, dim)\nelse:\n    self.to_q = nn.Linear(dim, dim)\n"
+            "self.to_k = nn.Linear(dim, dim)\nself.to_v = nn.Linear(dim, dim)"),
+        "different branches",
+    ),
+    "called in a branch": (
+        own(calls=CALLS.replace("v = self.split(self.to_v(x))",
+                                "if self.heads > 1:\n    v = self.split(self.to_v(x))\nelse:\n    v = self.split(self.to_v(x))")),
+        "called more than once",
+    ),
+    "the input changes between": (
+        own(calls=CALLS.replace("k = self.split", "x = x + 1\nk = self.split")), "`x` changes",
+    ),
+    "the input changes in place between": (
+        own(calls="x = x * 1.0\n" + CALLS.replace("k = self.split", "x.mul_(2)\nk = self.split")), "changed in place",
+    ),
+    "two classes of one checkpoint name": (
+        own() + "\n\nclass Other(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.to_q, self.to_k, self.to_v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)\n",
+        "could not tell",
+    ),
+    "a dictionary of modules by the same names": (
+        own() + "\n\nOTHERS = nn.ModuleDict({'to_q': nn.Linear(4, 4), 'to_k': nn.Linear(4, 4), 'to_v': nn.Linear(4, 4)})\n",
+        "a string names the layer",
+    ),
+    "compiled": (own() + "\n\ndef compiled(net):\n    return torch.jit.script(net)\n", "TorchScript"),
+    "known by the exact class": (
+        own(calls=BOTH_CALLS, program=BOTH) + "\n\ndef init(m):\n    if type(m) == nn.Linear:\n        m.bias.data.zero_()\n",
+        "exact class",
+    ),
+    "a memory that may be missing": (
+        own(calls="q = self.to_q(query).view(b, -1, self.heads, width).transpose(1, 2)\n"
+                  "if key is None:\n    return self.out(query)\n" + "\n".join(BOTH_CALLS.strip().splitlines()[1:]), program=BOTH),
+        "may end",
+    ),
+    "reached by a name that is made up": (
+        own(calls='q, k, v = (self.split(getattr(self, "to_" + n)(x)) for n in "qkv")'), "",
+    ),
+    "convolutions": (
+        own(LAYERS.replace("nn.Linear(dim, dim)", "nn.Conv1d(dim, dim, 1)"),
+            "q, k, v = (self.split(f(x.transpose(1, 2)).transpose(1, 2)) for f in (self.to_q, self.to_k, self.to_v))"),
+        "",
+    ),
+}  # fmt: skip
+
+MODERN = {
+    "fused": own("self.qkv = nn.Linear(dim, 3 * dim)", "q, k, v = (self.split(part) for part in self.qkv(x).chunk(3, -1))"),
+    "torch's module": HEAD + """
+class Net(nn.Module):
+    def __init__(self, dim=12):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, 3, batch_first=True)
+
+    def forward(self, x):
+        return x + self.attention(x, x, x)[0]
+""",
+}  # fmt: skip
