@@ -108,7 +108,7 @@ def product_anchor(code: Code, contexts: Sequence[Context]) -> Anchor:
         raise Cannot("this attention stands outside of any function", place(first.attention))
     parts: list[Part] = []
     for operands in ([c.attention.query_operand for c in contexts], [c.attention.key_operand for c in contexts]):
-        found = [_operand_expression(code, node, c, o) for c, o in zip(contexts, operands, strict=True)]
+        found = [operand_expression(code, node, c, o) for c, o in zip(contexts, operands, strict=True)]
         if any(e is not found[0] for e in found) or found[0] is None:
             raise Cannot("which expressions are the query and the key here cannot be told", place(first.attention))
         operand = operands[0]
@@ -118,7 +118,7 @@ def product_anchor(code: Code, contexts: Sequence[Context]) -> Anchor:
     return Anchor(node, function, tuple(contexts), parts[0], parts[1])
 
 
-def _operand_expression(code: Code, node: ast.expr, context: Context, operand: Operand) -> ast.expr | None:
+def operand_expression(code: Code, node: ast.expr, context: Context, operand: Operand) -> ast.expr | None:
     """The part of a product's expression that evaluates to an operand."""
     candidates: list[ast.expr] = []
     if isinstance(node, ast.BinOp):

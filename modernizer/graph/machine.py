@@ -80,6 +80,7 @@ class Machine:
     def merge(self, values: Sequence[Value], at: ast.AST | None, frame: Frame) -> Value:
         """The value that is one of several: itself where they agree, else a `merge` node over the alternatives."""
         leaves: list[Value] = []
+        inner = [v for v in values if isinstance(v, Node) and v.op == "merge"]
         for value in values:
             options = value.args if isinstance(value, Node) and value.op == "merge" else (value,)
             for option in options:
@@ -94,6 +95,7 @@ class Machine:
                 return Many(items, lists[0].kind, any(v.open for v in lists), lists[0].node)
         made = self.node("merge", leaves, at, frame)
         made.condition = at
+        made.absorbed = tuple(dict.fromkeys(inner))
         return made
 
     # -- running

@@ -60,6 +60,7 @@ class Node(Value):
     sources: tuple[Node, ...] = ()  # the data among the operands, containers opened
     users: list[Node] = field(default_factory=list)
     condition: ast.AST | None = None  # of a merge: the test that chooses
+    absorbed: tuple[Node, ...] = ()  # of a merge: the merges whose alternatives it took over
 
     @property
     def inputs(self) -> tuple[Value, ...]:

@@ -1,0 +1,228 @@
+"""What has to hold in a loop besides the types of what is made of the sequence."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from codemods._anchors import Code
+from codemods._kvcache_attention import Update, module_of
+from codemods._kvcache_axes import FED, GROWN, LAST, NEW, Loose, Tensor, constant, speaks_of
+from codemods._kvcache_loops import Generation, is_below
+from codemods._kvcache_time import Timeline
+from codemods._survey import Cannot, place
+from modernizer.graph.query import is_const, location
+from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
+from modernizer.model_map.position import NOISE
+from modernizer.syntax import mentions
+
+_FREE_OPAQUE = ("torch.", "numpy.", "math.", "builtins.")
+
+
+def check(code: Code, generation: Generation, line: Timeline, updates: Sequence[Update]) -> None:
+    """Raises Cannot where a cache would change what the loop puts out, although all types are known."""
+    _check_layers(code, generation, updates)
+    _check_results(generation, line)
+    _check_kept(code, line)
+    _check_branches(code, generation, line, updates)
+    _check_counting(code, generation, line)
+    _check_turns(generation, line)
+    if generation.is_cropped and not all(_is_one_step(v, generation.time_axis) for v in generation.added):
+        raise Cannot("how many steps each turn adds cannot be told", generation.location)
+
+
+def _check_layers(code: Code, generation: Generation, updates: Sequence[Update]) -> None:
+    """Every layer attends once a turn, and every turn runs the same ones."""
+    by_scores = {id(a): module_of(code, f) for u in updates for f, a in u.frames}
+    turns = [[by_scores[id(a)] for a in turn if id(a) in by_scores] for turn in generation.turns]
+    for turn, attentions in zip(turns, generation.turns, strict=True):
+        if len({id(m) for m in turn}) < len(turn):
+            raise Cannot("one layer attends several times in a turn: its keys could not be told apart",
+                         place(attentions[0]))  # fmt: skip
+    if any([id(m) for m in turn] != [id(m) for m in turns[0]] for turn in turns):
+        raise Cannot("not every turn runs the same layers", generation.location)
+
+
+def _check_results(generation: Generation, line: Timeline) -> None:
+    frame = generation.frame
+    results = [v for _, v in frame.returns] + frame.yields + ([frame.result] if frame.result is not None else [])
+    for value in results:
+        for leaf in flatten(value):
+            known = line.type_of(leaf)
+            if known is not None and speaks_of(known, NEW + LAST):
+                raise Cannot("the loop hands out what the model gave for all steps", generation.location)
+
+
+def _check_kept(code: Code, line: Timeline) -> None:
+    """Nothing that a cache makes shorter may be kept on a module for somebody to read."""
+    machine = code.graph.machine
+    for module in machine.modules:
+        for name, value in module.attributes.items():
+            for leaf in flatten(value):
+                known = line.type_of(leaf)
+                if known is None or not speaks_of(known, NEW + LAST):
+                    continue
+                for file in code.graph.project.files():
+                    for read in mentions(file.tree).attributes.get(name, ()):
+                        if type(read.ctx).__name__ == "Load":
+                            raise Cannot(f"`{name}` keeps what the model gave for all steps", file.location(read))
+
+
+# -- what code decides by the sequence
+
+
+def _evaluations(code: Code, generation: Generation, kind: type[ast.AST]) -> Iterator[tuple[ast.AST, Frame, Value]]:
+    """What the expressions of one kind gave in the loop."""
+    for node, found in code.graph.machine.at.items():
+        if isinstance(node, kind):
+            for frame, value in found:
+                if is_below(frame, generation.frame):
+                    yield node, frame, value
+
+
+def _check_branches(code: Code, generation: Generation, line: Timeline, updates: Sequence[Update]) -> None:
+    """Nothing but an exception may depend on the sequence, except for what the loop itself does with the last step."""
+    tops = {id(_top(frame, generation)) for update in updates for frame, _ in update.frames}
+    for node, found in list(code.graph.machine.at.items()):
+        if not isinstance(node, ast.expr):
+            continue
+        for frame, value in found:
+            known = [k for leaf in flatten(value) if (k := line.type_of(leaf)) is not None]
+            if not known or not is_below(frame, generation.frame):
+                continue
+            above = frame.scope.source.parents.get(node)
+            if not isinstance(above, ast.If | ast.While | ast.IfExp) or above.test is not node:
+                continue
+            within = frame is not generation.frame
+            inside = within and any(speaks_of(k, FED + GROWN) for k in known)
+            if within and any(isinstance(k, Loose) for k in known):
+                inside = inside or id(_top(frame, generation)) in tops
+            if (inside or any(speaks_of(k, NEW + LAST) for k in known)) and not _only_raises(above):
+                raise Cannot("the model decides by the sequence or its length", location(node, frame))
+
+
+def _top(frame: Frame, generation: Generation) -> Frame:
+    """The activation, called from the loop itself, in which another one happens."""
+    return next((f for f in frame.outward() if f.caller is generation.frame), frame)
+
+
+def _only_raises(branch: ast.AST) -> bool:
+    if not isinstance(branch, ast.If):
+        return False
+    return all(isinstance(s, ast.Raise) for s in branch.body) and not branch.orelse
+
+
+def _check_counting(code: Code, generation: Generation, line: Timeline) -> None:
+    """No Python loop or list may be as long as the sequence: what becomes of it cannot be followed."""
+    for node, frame, _ in _evaluations(code, generation, ast.Call):
+        assert isinstance(node, ast.Call)
+        is_range = any(
+            getattr(v, "dotted", "") == "builtins.range" for _, v in code.graph.machine.at.get(node.func, ())
+        )
+        if is_range:
+            _refuse_lengths(code, line, node.args, frame, node)
+    for node, frame, value in _evaluations(code, generation, ast.BinOp):
+        assert isinstance(node, ast.BinOp)
+        if isinstance(value, Many) and isinstance(node.op, ast.Mult):
+            _refuse_lengths(code, line, [node.left, node.right], frame, node)
+
+
+def _refuse_lengths(code: Code, line: Timeline, parts: Sequence[ast.expr], frame: Frame, node: ast.AST) -> None:
+    for part in parts:
+        for active, value in code.graph.machine.at.get(part, ()):
+            known = line.type_of(value) if active is frame else None
+            if known is not None and not isinstance(known, Tensor):
+                raise Cannot("a Python loop or list is as long as the sequence", location(node, frame))
+
+
+# -- whether every turn does the same
+
+
+def _check_turns(generation: Generation, line: Timeline) -> None:
+    """The second turn must make of the longer sequence what the first made of the shorter one, by the same means."""
+    starts = [line.nodes[0].order, *(g.order + 1 for g in generation.grown[1:])]
+    first, second = (
+        [n for n in line.nodes if a <= n.order < b - 1 and _counts(line, n)] for a, b in pairwise(starts[:3])
+    )
+    if len(first) != len(second):
+        raise Cannot("the first turn of the loop does something else than the others", generation.location)
+    pairs = {id(generation.grown[0]): generation.grown[1]}
+    for a, b in zip(first, second, strict=True):
+        if a.op != b.op or a.node is not b.node:
+            raise Cannot("the first turn of the loop does something else than the others", generation.location)
+        pairs[id(a)] = b
+        for left, right in zip(_parts(line, a), _parts(line, b), strict=True):
+            if not _alike(line, pairs, left, right):
+                where = location(a.node, a.frame) if a.node is not None else generation.location
+                raise Cannot("something else than the sequence changes from turn to turn", where)
+
+
+def _counts(line: Timeline, node: Node) -> bool:
+    known = line.type_of(node)
+    return known is not None and not isinstance(known, Loose)
+
+
+def _parts(line: Timeline, node: Node) -> list[Value]:
+    """The operands of a datum, and what decides between them."""
+    found = [leaf for v in node.inputs for leaf in flatten(v)]
+    if node.op == "merge":
+        found += [v for test in line.tests(node) if (v := line.value_at(test, node)) is not None]
+    return found
+
+
+def _alike(line: Timeline, pairs: dict[int, Node], a: Value, b: Value, depth: int = 0) -> bool:
+    """Whether a value of the first turn and one of the second are the same, or one of the sequence's pairs."""
+    known = line.type_of(a)
+    if known is not None and not isinstance(known, Loose):
+        return pairs.get(id(a)) is b
+    if a is b:
+        return True
+    if isinstance(a, Const) and isinstance(b, Const):
+        return type(a.value) is type(b.value) and a.value == b.value
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return type(a) is type(b) and getattr(a, "dotted", 0) == getattr(b, "dotted", 1)
+    if a.op != b.op or a.node is not b.node or depth > 50:
+        return False
+    if a.op in NOISE or (a.op == "opaque" and not a.name.startswith(_FREE_OPAQUE)):
+        return False
+    left, right = ([leaf for v in n.inputs for leaf in flatten(v)] for n in (a, b))
+    return len(left) == len(right) and all(
+        _alike(line, pairs, x, y, depth + 1) for x, y in zip(left, right, strict=True)
+    )
+
+
+# -- how much a turn adds
+
+
+def _is_one_step(value: Value, axis: int) -> bool:
+    """Whether what is appended surely has size 1 along time."""
+    if not isinstance(value, Node):
+        return False
+    if value.op == "merge":
+        return all(_is_one_step(option, axis) for option in value.args)
+    if value.op == "multinomial":
+        return is_const(_argument(value, 1, "num_samples"), 1) and axis == 1
+    if value.op in ("argmax", "max", "topk", "sort"):
+        if value.op == "topk":
+            return is_const(_argument(value, 1, "k"), 1)
+        keep = _argument(value, 2, "keepdim")
+        return is_const(keep, True) and value.op in ("argmax", "max")
+    if value.op in ("item", "getitem") and isinstance(value.args[0], Node) and value.args[0].op in ("topk", "max"):
+        return _is_one_step(value.args[0], axis)
+    if value.op == "unsqueeze":
+        place_ = constant(_argument(value, 1, "dim"))
+        return place_ in (axis, -1) if axis == 1 else place_ == axis
+    if value.op == "where":
+        return all(_is_one_step(o, axis) for o in value.args[1:3])
+    if value.op in ("to", "long", "int", "type", "detach", "clone", "type_as"):
+        return _is_one_step(value.args[0], axis)
+    if value.op == "gather":
+        return _is_one_step(value.args[-1], axis)
+    return False
+
+
+def _argument(node: Node, index: int, name: str) -> Value:
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, Const(None))

@@ -1,0 +1,212 @@
+"""Generation loops in which a cache would change the result, or might: each with a word of the reason to be given."""
+
+from __future__ import annotations
+
+from kvcache_programs import (
+    BODIES,
+    GROWING,
+    MASKED,
+    PASSING,
+    PLACES,
+    SINUSOID,
+    WITH_MASK,
+    changed,
+    program,
+)
+
+_BARE = program()
+
+
+def _plain(*pairs: tuple[str, str]) -> str:
+    """The plain program with lines replaced, wherever they stand."""
+    return changed(_BARE, *pairs)
+
+
+_SCORES = '        scores = scores.masked_fill(self.tril[:T, :T] == 0, float("-inf"))\n'
+_ALONG = "        x = x + self.attention(self.norm1(x))\n"
+_EMBEDDED = "        x = self.drop(x)\n"
+_APPENDED = "idx = torch.cat((idx, new), dim=1)"
+_OPTIONAL = changed(
+    MASKED, ('scores = scores.masked_fill(mask == 0, float("-inf"))',
+             'if mask is not None:\n    scores = scores.masked_fill(mask == 0, float("-inf"))')
+)  # fmt: skip
+_SINUSOIDS = program(BODIES["chunks, mask made on the way"], model=PLACES + SINUSOID, generate=GROWING)
+
+TRAPS: dict[str, tuple[str, str]] = {
+    # what a step sees may be ahead of it
+    "no mask": (_plain((_SCORES, "")), "causal"),
+    "a mask one step too far": (
+        _plain(("torch.tril(torch.ones(window, window))", "torch.tril(torch.ones(window, window), 1)")), "causal",
+    ),
+    "a mask of what is past": (
+        _plain(("torch.tril(torch.ones(window, window))", "torch.triu(torch.ones(window, window))")), "causal",
+    ),
+    "polarity turned round": (_plain(('self.tril[:T, :T] == 0, float("-inf")', "self.tril[:T, :T] == 1, -1e9")), "causal"),
+    "a mask of numbers that is added": (
+        _plain((_SCORES, "        scores = scores + self.tril[:T, :T]\n")), "causal",
+    ),
+    "a weak fill": (_plain(('float("-inf")', "-2.0")), "causal"),
+    "a mask that the loop never passes": (program(_OPTIONAL, changed(PASSING, ("x, mask):", "x, mask=None):"))), "causal"),
+    "a mask only while training": (
+        program(_OPTIONAL, PASSING, changed(WITH_MASK, ("block(x, mask)", "block(x, mask if self.training else None)"))),
+        "causal|choice|isnot",
+    ),
+    "a mask transposed": (_plain(("self.tril[:T, :T] == 0", "self.tril[:T, :T].t() == 0")), "causal|meet"),
+    "softmax over the queries": (_plain(("F.softmax(scores, dim=-1)", "F.softmax(scores, dim=-2)")), "softmax"),
+    "a mask by a constant": (_plain(("self.tril[:T, :T] == 0", "self.tril[-T:, :T] == 0")), "length"),
+    # steps that are not by themselves
+    "a mean over time": (_plain((_EMBEDDED, "        x = self.drop(x - x.mean(1, keepdim=True))\n")), "over time"),
+    "a norm over time": (
+        _plain((_EMBEDDED, "        x = (x - x.mean()) / x.std()\n")), "all axes",
+    ),
+    "a batch norm": (
+        _plain(("self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)",
+                "self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)\n        self.batch = nn.BatchNorm1d(dim)"),
+               (_ALONG, "        x = x + self.batch(self.attention(self.norm1(x)).transpose(1, 2)).transpose(1, 2)\n")),
+        "not known",
+    ),
+    "a convolution": (
+        _plain(("        self.drop = nn.Dropout(0.1)\n        self.blocks",
+                "        self.drop = nn.Dropout(0.1)\n        self.mix = nn.Conv1d(dim, dim, 3, padding=1)\n        self.blocks"),
+               (_EMBEDDED, "        x = self.mix(x.transpose(1, 2)).transpose(1, 2)\n")),
+        "convolution",
+    ),
+    "a convolution after attention": (
+        _plain(("self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)",
+                "self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)\n        self.mix = nn.Conv1d(dim, dim, 3, padding=1)"),
+               (_ALONG, "        x = x + self.mix(self.attention(self.norm1(x)).transpose(1, 2)).transpose(1, 2)\n")),
+        "convolution",
+    ),
+    "rolled by one": (_plain((_ALONG, "        x = x + self.attention(self.norm1(x)).roll(1, 1)\n")), "not known"),
+    "turned round in time": (_plain((_EMBEDDED, "        x = x.flip(1)\n")), "not known"),
+    "heads and time mixed": (
+        _plain((".transpose(1, 2).reshape(B, T, C)", ".reshape(B, T, C)")), "view",
+    ),
+    "the wrong view of the heads": (
+        _plain(("x.view(x.size(0), x.size(1), self.heads, self.width).transpose(1, 2)",
+                "x.view(x.size(0), self.heads, x.size(1), self.width)")),
+        "view",
+    ),
+    "a recurrent layer": (
+        _plain(("        self.drop = nn.Dropout(0.1)\n        self.blocks",
+                "        self.drop = nn.Dropout(0.1)\n        self.rnn = nn.GRU(dim, dim, batch_first=True)\n        self.blocks"),
+               ("        return self.head(self.norm(x))", "        return self.head(self.norm(self.rnn(x)[0]))")),
+        "not known",
+    ),
+    "the first token decides": (
+        _plain((_EMBEDDED, "        x = self.drop(x) * x[:, :1]\n")), "cut",
+    ),
+    "the last step reaches all": (_plain((_EMBEDDED, "        x = self.drop(x) + x[:, -1:]\n")), "meet|last"),
+    # positions that move
+    "positions counted from the end": (
+        _plain(("torch.arange(T, device=idx.device)", "torch.arange(T - 1, -1, -1, device=idx.device)")), "position|number",
+    ),
+    "positions as a share of the length": (
+        _plain(("self.places(torch.arange(T, device=idx.device))", "(torch.arange(T, device=idx.device) / T).view(1, T, 1)")),
+        "length",
+    ),
+    "a table read from its end": (
+        changed(_SINUSOIDS, ("self.table[:, :x.size(1)]", "self.table[:, -x.size(1):]")), "table|number",
+    ),
+    "positions that start elsewhere in every block": (
+        _plain((_ALONG, "        x = x + torch.arange(x.size(1)).view(1, -1, 1)\n" + _ALONG)), "position",
+    ),
+    "scores scaled by the length": (_plain(("math.sqrt(self.width)", "math.sqrt(T)")), "length"),
+    # loops that do more than append
+    "the past is overwritten": (
+        _plain((_APPENDED, _APPENDED + "\n            idx[:, 0] = 3")), "",
+    ),
+    "the new token comes first": (_plain((_APPENDED, "idx = torch.cat((new, idx), dim=1)")), ""),
+    "the oldest is dropped": (_plain((_APPENDED, "idx = torch.cat((idx[:, 1:], new), dim=1)")), ""),
+    "the beginning is pruned at times": (
+        _plain((_APPENDED, _APPENDED + "\n            if idx.size(1) > 10:\n                idx = idx[:, 4:]")), "",
+    ),
+    "the turn is told": (
+        _plain(("def forward(self, idx):", "def forward(self, idx, turn=0):"), (_EMBEDDED, "        x = self.drop(x) * (turn + 1)\n"),
+               ("for _ in range(count)", "for turn in range(count)"), ("self(window)", "self(window, turn)")),
+        "turn",
+    ),
+    "the turn is told behind attention": (
+        _plain(("def forward(self, idx):", "def forward(self, idx, turn=0):"),
+               ("return self.head(self.norm(x))", "return self.head(self.norm(x) * turn)"),
+               ("for _ in range(count)", "for turn in range(count)"), ("self(window)", "self(window, turn)")),
+        "",
+    ),
+    "two models' worth of passes": (
+        _plain(("logits = self(window)[:, -1, :]", "logits = self(window)[:, -1, :] - self(window * 0)[:, -1, :]")), "",
+    ),
+    "logits of all steps are returned": (
+        _plain(("logits = self(window)[:, -1, :]", "every = self(window)\n            logits = every[:, -1, :]"),
+               ("        return idx\n", "        return idx, every\n")),
+        "hands out",
+    ),
+    "the mean of all logits decides": (
+        _plain(("logits = self(window)[:, -1, :]", "logits = self(window).mean(1)")), "over time",
+    ),
+    "the token before the last": (_plain(("self(window)[:, -1, :]", "self(window)[:, -2, :]")), "step"),
+    "every step draws": (
+        _plain(("            logits = self(window)[:, -1, :]\n", "            every = self(window)\n            logits = every[:, -1, :]\n"),
+               ("new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)",
+                "new = torch.multinomial(F.softmax(every, dim=-1).flatten(0, 1), 1).view(idx.size(0), -1)[:, -1:]")),
+        "not known",
+    ),
+    "two tokens at once from a cropped window": (
+        _plain(("num_samples=1)", "num_samples=2)"), ("logits.argmax(-1, keepdim=True)", "logits.topk(2).indices")), "how many",
+    ),
+    # what a module does besides
+    "noise on every step": (_plain((_EMBEDDED, "        x = x + torch.randn_like(x)\n")), ""),
+    "noise behind attention": (
+        _plain((_ALONG, "        y = self.attention(self.norm1(x))\n        x = x + y + torch.randn_like(y)\n")), "",
+    ),
+    "dropout that never stops": (
+        _plain(("weights = self.drop(F.softmax(scores, dim=-1))", "weights = F.dropout(F.softmax(scores, dim=-1), 0.1)")),
+        "dropout",
+    ),
+    "one layer twice": (
+        _plain(("            x = block(x)\n", "            x = block(block(x))\n")), "several times",
+    ),
+    "one layer in all places": (
+        _plain(("nn.ModuleList([Block(dim) for _ in range(depth)])", "nn.ModuleList([Block(dim)] * 2)")), "several times",
+    ),
+    "one layer repeated": (
+        _plain(("        for block in self.blocks:\n            x = block(x)\n",
+                "        for _ in range(3):\n            x = self.blocks[0](x)\n")),
+        "several times",
+    ),
+    "weights that are kept and read": (
+        _plain(("        weights = self.drop(F.softmax(scores, dim=-1))\n",
+                "        weights = self.drop(F.softmax(scores, dim=-1))\n        self.seen = weights\n"),
+               ("        return idx\n", "        return idx, [b.attention.seen for b in self.blocks]\n")),
+        "keeps|hands out",
+    ),
+    "the model decides by the length": (
+        _plain((_EMBEDDED, _EMBEDDED + "        if T > 5:\n            x = x * 2\n")), "length|choice",
+    ),
+    "attention decides by the length": (
+        _plain((_SCORES, _SCORES + "        if T > 5:\n            scores = scores * 2\n")), "length|choice",
+    ),
+    "the content decides": (
+        _plain((_EMBEDDED, _EMBEDDED + "        if (idx == 3).any():\n            x = x * 2\n")), "",
+    ),
+    "keys changed in place": (
+        _plain(("scores = q @ k.transpose(-2, -1)", "scores = q @ k.mul_(0.5).transpose(-2, -1)")), "",
+    ),
+    "values changed in place": (
+        _plain(("(weights @ v)", "(weights @ v.mul_(0.5))")), "",
+    ),
+    "values changed on the way": (
+        _plain(("        weights = self.drop", "        v *= 0.5\n        weights = self.drop")), "",
+    ),
+    "keys are normed over time": (
+        _plain(("        scores = q @ k.tr", "        k = k / k.norm(dim=2, keepdim=True)\n        scores = q @ k.tr")), "over time",
+    ),
+    "a loop over the steps": (
+        _plain((_EMBEDDED, "        x = torch.stack([self.drop(x[:, t]) for t in range(T)], 1)\n")), "",
+    ),
+    "a mask by how many tokens are of a kind": (
+        program(changed(MASKED, ('float("-inf")', "-1e9")), PASSING, changed(WITH_MASK, (
+            "        mask = torch.tril(torch.ones(T, T, device=x.device))\n",
+            "        mask = torch.tril(torch.ones(T, T, device=x.device)) * (idx == 3).sum(1).view(-1, 1, 1, 1)\n"))),
+        "over time|causal",
+    ),
+}  # fmt: skip

@@ -1,0 +1,183 @@
+"""The rule kvcache: rewritten loops put out the same tokens from the same logits with less work, and traps stay as they
+are."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvcache_programs import FORMS, program
+from kvcache_traps import TRAPS
+from torch import Tensor, nn
+
+from codemods.kvcache import KVCacheRule
+from modernizer.pipeline import upgrade
+from modernizer.report import Report, Status
+
+WORDS, WINDOW = 20, 12
+
+
+def run_rule(path: Path) -> Report:
+    report = upgrade([path], [KVCacheRule()], {})
+    assert not report.problems, report.problems
+    return report
+
+
+def load(code: str) -> dict[str, Any]:
+    scope: dict[str, Any] = {"__name__": "program"}
+    exec(compile(code, "program.py", "exec"), scope)
+    return scope
+
+
+@functools.cache
+def rewritten(name: str) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
+    """What makes the model of a form before and after; the rule is run a second time, which changes nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.py"
+        path.write_text(FORMS[name])
+        report = run_rule(path)
+        assert [s.status for s in report.sites] == [Status.DONE], report.sites
+        code = path.read_text()
+        again = run_rule(path)
+        assert path.read_text() == code, "a second run changes the file again"
+        assert [s.status for s in again.sites] == [Status.MODERN]
+    old, new = load(FORMS[name])["Model"], load(code)["Model"]
+    return old, new
+
+
+def build(make: Callable[[], nn.Module], seed: int = 0, train: bool = False) -> nn.Module:
+    torch.manual_seed(seed)
+    model = make().double().train(train)
+    for parameter in model.parameters():
+        parameter.data *= 2  # livelier, so that tokens depend on the past
+    return model
+
+
+def generate(model: Any, prompt: Tensor, count: int, sample: bool) -> Tensor:
+    torch.manual_seed(7)
+    tokens = model.generate(prompt, count, sample)
+    assert isinstance(tokens, Tensor)
+    return tokens
+
+
+def prompt_of(batch: int = 2, length: int = 3, seed: int = 1) -> Tensor:
+    return torch.randint(WORDS, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def last_logits(model: nn.Module, prompt: Tensor, count: int) -> Tensor:
+    """``[turns, batch, words]``: what the model gave for the last step of each turn."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output
+        seen.append(logits[:, -1].detach())
+
+    inner = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 23]
+    handle = inner[-1].register_forward_hook(keep)
+    generate(model, prompt, count, False)
+    handle.remove()
+    return torch.stack(seen)
+
+
+def work(model: nn.Module, prompt: Tensor, count: int) -> int:
+    """How many rows go through norms and linear layers while tokens are generated."""
+    rows = 0
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal rows
+        rows += inputs[0][..., 0].numel()
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, nn.Linear | nn.LayerNorm)]
+    generate(model, prompt, count, False)
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
+@pytest.mark.parametrize("name", FORMS)
+class TestForms:
+    def test_the_same_tokens_past_the_end_of_the_window(self, name: str) -> None:
+        old, new = (build(make) for make in rewritten(name))
+        assert list(old.state_dict()) == list(new.state_dict())
+        for sample in (False, True):
+            expected = generate(old, prompt_of(), 14, sample)
+            assert torch.equal(generate(new, prompt_of(), 14, sample), expected)
+        assert len(set(expected[0, 3:].tolist())) > 2, "tokens that are all alike tell nothing"
+
+    def test_the_same_logits(self, name: str) -> None:
+        old, new = (last_logits(build(make), prompt_of(), 14) for make in rewritten(name))
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-10)
+
+    def test_less_than_half_the_work(self, name: str) -> None:
+        old, new = (work(build(make), prompt_of(), 9) for make in rewritten(name))
+        assert 2 * new <= old
+
+    def test_nothing_else_changes(self, name: str) -> None:
+        """Without a cache, and in training with dropout: bit for bit what it was."""
+        pair = rewritten(name)
+        for train in (False, True):
+            old, new = (build(make, train=train) for make in pair)
+            outputs = []
+            for model in (old, new):
+                torch.manual_seed(3)
+                out = model(prompt_of(2, 6))
+                out = out[0] if isinstance(out, tuple) else out
+                out.sum().backward()
+                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                outputs.append([out, *grads])
+            assert len(outputs[0]) == len(outputs[1]) > 5
+            assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["attention: plain", "one module a head", "cropped by a condition"])
+def test_a_loop_in_training_draws_the_same(name: str) -> None:
+    old, new = (build(make, train=True) for make in rewritten(name))
+    assert torch.equal(generate(new, prompt_of(), 8, True), generate(old, prompt_of(), 8, True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(["attention: plain", "a padding mask", "one module a head", "attention is a function"]),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 2 * WINDOW),
+    count=st.integers(1, 16),
+    sample=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_prompt(name: str, batch: int, length: int, count: int, sample: bool, seed: int) -> None:
+    old, new = (build(make, seed) for make in rewritten(name))
+    prompt = prompt_of(batch, length, seed)
+    assert torch.equal(generate(new, prompt, count, sample), generate(old, prompt, count, sample))
+
+
+def test_two_generations_do_not_share_what_they_keep() -> None:
+    old, new = (build(make) for make in rewritten("attention: plain"))
+    generate(new, prompt_of(seed=5), 9, False)
+    assert torch.equal(generate(new, prompt_of(), 9, False), generate(old, prompt_of(), 9, False))
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_trap_is_left_as_it_is(name: str, tmp_path: Path) -> None:
+    code, reason = TRAPS[name]
+    load(code)["Model"]().generate(prompt_of(), 3)  # a program that runs, and not one that fails anyhow
+    path = tmp_path / "program.py"
+    path.write_text(code)
+    report = run_rule(path)
+    assert path.read_text() == code
+    if reason:
+        assert [s.status for s in report.sites] == [Status.REFUSED]
+        assert re.search(reason, report.sites[0].message), report.sites[0].message
+
+
+def test_a_model_that_nobody_generates_with_is_no_site(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(program(generate=""))
+    assert not run_rule(path).sites
