@@ -7,7 +7,7 @@ TESTS ?=
 BENCH ?=
 N ?= 200
 
-.PHONY: demo test lint check bench bench-prismatic fuzz clean
+.PHONY: demo test lint check bench bench-prismatic bench-prism bench-constellation fuzz clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -28,6 +28,14 @@ bench: $(READY)
 # Prismatic routers against the published forms; about eight minutes on a GPU, an hour on two cores.
 bench-prismatic: $(READY)
 	$(BIN)/python benchmarks/prismatic.py --out build/prismatic $(BENCH)
+
+# Fitted adapters beside dense layers; about a minute on a GPU, ten on two cores.
+bench-prism: $(READY)
+	$(BIN)/python benchmarks/prism.py --out build/prism $(BENCH)
+
+# The relay beside attention; about a minute on a GPU, three on two cores.
+bench-constellation: $(READY)
+	$(BIN)/python benchmarks/constellation.py --out build/constellation $(BENCH)
 
 # Writes N legacy programs from the grammar in tests/grammar and applies every rule to each.
 fuzz: $(READY)

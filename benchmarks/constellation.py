@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from telling import Row, forget_highest, machine, milliseconds, resident, shown, table
 from torch import Tensor, nn
 
 from modernizer.components import HybridRelay, PureRelay
@@ -29,8 +29,6 @@ from modernizer.components.constellation import (
     selection,
     simplex_volume_variation,
 )
-
-Row = dict[str, Any]
 
 
 class PreNormAttention(nn.Module):
@@ -98,21 +96,7 @@ class Bench:
         print(f"  {table}: " + ", ".join(f"{k} {shown(v)}" for k, v in row.items()), flush=True)
 
     def milliseconds(self, run: Callable[[], object], repeats: int = 10) -> float:
-        """The median of several runs, after two to warm up."""
-        for _ in range(2):
-            run()
-        times = []
-        for _ in range(repeats):
-            self.wait()
-            start = time.perf_counter()
-            run()
-            self.wait()
-            times.append(1e3 * (time.perf_counter() - start))
-        return sorted(times)[len(times) // 2]
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return milliseconds(self.device, run, repeats)
 
 
 # -- the six tests
@@ -289,29 +273,13 @@ def peak_of_this_process(what: str, name: str, batch: int, length: int, dim: int
     layer = literal(bench) if name == "literal form" else bench.make(name)
     x = bench.noise(batch, length)
     step(layer, bench.noise(1, 32), what)  # what libraries allocate once does not count
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    forget_highest()
     before = resident("VmRSS")
     step(layer, x, what)
     return (resident("VmHWM") - before) * 1024 / 1e6
 
 
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 # -- telling
-
-
-def shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def table(rows: list[Row]) -> str:
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
-    lines += [" | ".join(shown(row.get(head, "")) for head in heads) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def plot(bench: Bench, out: Path) -> None:
@@ -333,11 +301,6 @@ def plot(bench: Bench, out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out / "constellation.png", dpi=120)
     pyplot.close(figure)
-
-
-def machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main() -> int:

@@ -355,11 +355,14 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
     assert LowRankAdapter.tiles_rank(TilePlan(4096, 4096, 16, 32), 154) == 616  # 154 / 512 * 4096 / 2
 
 
+@pytest.mark.parametrize("grid", [(5, 3), (3, 5)])  # equal tiles, and tiles of two sizes
+@pytest.mark.parametrize("tokens", [1, 7, 40])
 @pytest.mark.parametrize("scope", ["token", "batch"])
 @pytest.mark.parametrize("active", [1, 6, 15])
-def test_active_tiles_count_in_full(scope: str, active: int) -> None:
-    made, x, _ = fitted()
-    moe, x = MicroMoE(made, active, scope=scope), x.float()[:7]
+def test_active_tiles_count_in_full(scope: str, active: int, tokens: int, grid: tuple[int, int]) -> None:
+    x, z = pairs(500, 12, 10)
+    made, _ = fit_prism(x, z, plan=TilePlan(12, 10, *grid))
+    moe, x = MicroMoE(made, active, scope=scope), x.float()[:tokens]
     chosen = moe.choose(x)
     expected = []
     for number, token in enumerate(x):
@@ -383,12 +386,28 @@ def test_gate_scores_what_a_tile_can_contribute() -> None:
         assert (actual <= scores[:, tile] * (1 + 1e-5)).all()
 
 
+def test_gate_follows_a_weight_that_changes() -> None:
+    made, x, _ = fitted()
+    moe, x = MicroMoE(made, 3), x.float()
+    moe.scores(x)
+    made.set_tile(4, torch.full((2, 4), 30.0))
+    assert torch.equal(moe.scores(x), MicroMoE(made, 3).scores(x))
+    with torch.inference_mode():
+        other = MicroMoE(PrismAdapter(12, 10, plan=made.plan), 3)
+        other.scores(x)
+        other.adapter.weight.mul_(2)
+        assert torch.equal(other.scores(x), MicroMoE(other.adapter, 3).scores(x))
+
+
 def test_given_gates_and_given_tiles() -> None:
     made, x, _ = fitted()
     gate = nn.Linear(12, 15)
     moe, x = MicroMoE(made, 4, gate=gate), x.float()[:5]
     assert torch.equal(moe.choose(x), gate(x).topk(4).indices)
     assert torch.equal(moe(x), moe(x, moe.choose(x)))
+    once = moe(x, torch.tensor([[3, 8]]))
+    torch.testing.assert_close(moe(x, torch.tensor([[3, 8, 3]])), once)  # a tile counts once
+    torch.testing.assert_close(once, moe(x, torch.tensor([[3, 8]] * 5)))
 
 
 def test_senseless_choices_are_refused() -> None:

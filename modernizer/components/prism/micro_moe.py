@@ -10,6 +10,8 @@ from modernizer.components.prism.adapter import PrismAdapter
 
 __all__ = ["MicroMoE"]
 
+_FEW = 32  # tokens that share their tiles, up to which the tiles are gathered rather than visited one by one
+
 
 class MicroMoE(nn.Module):
     """An adapter with ``active`` of its tiles at work for each token, chosen by a gate that scales none of them.
@@ -35,6 +37,7 @@ class MicroMoE(nn.Module):
         if scope not in ("token", "batch"):
             raise ValueError(f'scope is "token" or "batch", not {scope!r}')
         self.adapter, self.active, self.scope, self.gate = adapter, active, scope, gate
+        self._norms: tuple[object, Tensor] | None = None
 
     def scores(self, x: Tensor) -> Tensor:
         """How much each tile may matter: ``[..., in_features] -> [..., tiles]``."""
@@ -42,11 +45,23 @@ class MicroMoE(nn.Module):
             found: Tensor = self.gate(x)
             return found
         plan = self.adapter.plan
-        squares = self.adapter.weight.detach().square()
-        by_column = torch.stack([squares[:, a:b].sum(1) for a, b in plan.col_spans], 1)  # [out, cols]
-        norms = torch.stack([by_column[a:b].sum(0) for a, b in plan.row_spans]).sqrt()  # [rows, cols]
-        inputs = torch.stack([x[..., a:b].norm(dim=-1) for a, b in plan.col_spans], -1)  # [..., cols]
-        return (inputs[..., None, :] * norms).flatten(-2)
+        if plan.in_features % plan.cols:
+            inputs = torch.stack([x[..., a:b].norm(dim=-1) for a, b in plan.col_spans], -1)
+        else:
+            inputs = x.reshape(*x.shape[:-1], plan.cols, -1).norm(dim=-1)  # [..., cols]
+        return (inputs[..., None, :] * self._tile_norms()).flatten(-2)
+
+    @torch.no_grad()
+    def _tile_norms(self) -> Tensor:
+        """The norm of every tile ``[rows, cols]``, made anew only where the weight has changed."""
+        weight, plan = self.adapter.weight, self.adapter.plan
+        # Tensors made in inference mode keep no count of their changes.
+        state = None if weight.is_inference() else (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        if self._norms is None or state is None or self._norms[0] != state:
+            squares = weight.square()
+            by_column = torch.stack([squares[:, a:b].sum(1) for a, b in plan.col_spans], 1)  # [out, cols]
+            self._norms = state, torch.stack([by_column[a:b].sum(0) for a, b in plan.row_spans]).sqrt()
+        return self._norms[1]
 
     def choose(self, x: Tensor) -> Tensor:
         """The active tiles ``[tokens, active]`` of ``x [tokens, in_features]``; ``[1, active]`` for the whole batch."""
@@ -65,6 +80,11 @@ class MicroMoE(nn.Module):
             raise ValueError(f"this adapter takes {plan.in_features} features, not {x.shape[-1]}")
         flat = x.reshape(-1, plan.in_features)
         chosen = self.choose(flat) if tiles is None else tiles
+        divides = not (plan.in_features % plan.cols or plan.out_features % plan.rows)
+        if len(chosen) == 1 and len(flat) <= _FEW and divides:
+            return self._at_once(flat, torch.unique(chosen[0]) if tiles is not None else chosen[0]).reshape(
+                *x.shape[:-1], plan.out_features
+            )
         out = flat.new_zeros(len(flat), plan.out_features)
         if self.adapter.bias is not None:
             out = out + self.adapter.bias
@@ -82,6 +102,18 @@ class MicroMoE(nn.Module):
             else:
                 out[tokens, rows] += F.linear(flat[tokens, cols], weight)
         return out.reshape(*x.shape[:-1], plan.out_features)
+
+    def _at_once(self, flat: Tensor, tiles: Tensor) -> Tensor:
+        """What a few tokens get of equal tiles, gathered and evaluated together: ``[tokens, out_features]``."""
+        plan = self.adapter.plan
+        height, width = plan.tile_shape
+        row, col = torch.div(tiles, plan.cols, rounding_mode="floor"), tiles % plan.cols
+        weight = self.adapter.weight.reshape(plan.rows, height, plan.cols, width)[row, :, col]  # [tiles, height, width]
+        read = flat.reshape(-1, plan.cols, width)[:, col].transpose(0, 1)  # [tiles, tokens, width]
+        made = torch.bmm(read, weight.transpose(1, 2)).to(flat.dtype)
+        sums = flat.new_zeros(plan.rows, len(flat), height).index_add(0, row, made)
+        out = sums.transpose(0, 1).reshape(len(flat), plan.out_features)
+        return out if self.adapter.bias is None else out + self.adapter.bias
 
     def extra_repr(self) -> str:
         return f"active={self.active} of {self.adapter.plan.tiles}, scope={self.scope}"
