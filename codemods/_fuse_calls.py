@@ -17,6 +17,7 @@ from modernizer.graph.values import Node, Value
 from modernizer.source import SourceFile
 from modernizer.syntax import below, block_of, free_name, names_in, outward
 
+PRODUCTS = frozenset({"linear", "einsum", "matmul"})
 SIMPLE = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr
 ONCE = ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.IfExp | ast.BoolOp
 LETTERS = {3: ("q", "k", "v"), 2: ("k", "v")}
@@ -40,29 +41,35 @@ class Site:
 
 def read_site(calls: Calls, source: SourceFile, machine: Machine) -> Site:
     """The calls of one function, checked; raises Cannot where they cannot be made at one time."""
-    at = source.location(calls.calls[0])
-    tree = source.tree
+    arguments = [_argument(call, source) for call in calls.calls]
+    own = calls.calls[0]
+    assert isinstance(own, ast.Call) and isinstance(own.func, ast.Attribute) and isinstance(own.func.value, ast.Name)
+    return products_site(calls, arguments, own.func.value.id, source, machine)
+
+
+def products_site(
+    calls: Calls, arguments: Sequence[ast.expr], receiver: str, source: SourceFile, machine: Machine
+) -> Site:
+    """As `read_site`, of products whose inputs are known."""
     statements = [_statement(call, source) for call in calls.calls]
-    block = block_of(tree, statements[0])
+    block = block_of(source.tree, statements[0])
     if any(statement not in block for statement in statements):
+        at = source.location(calls.calls[0])
         raise Cannot(f"its layers are called in different branches of `{calls.function.name}`", at)
     places = [block.index(statement) for statement in statements]
     region = block[min(places) : max(places) + 1]
-    arguments = [_argument(call, source) for call in calls.calls]
-    own = calls.calls[0].func
-    assert isinstance(own, ast.Attribute) and isinstance(own.value, ast.Name)
     texts = {ast.dump(argument) for argument in arguments}
     if len(texts) > 1:
         _check_no_way_out(region, source)
     for argument, statement in zip(arguments, statements, strict=True):
         _check_argument(argument, len(texts) == 1, source)
         _check_unchanged(argument, region, statement, source)
-    site = Site(calls, source, arguments, statements, region, own.value.id, [], len(texts) == 1)
+    site = Site(calls, source, arguments, statements, region, receiver, [], len(texts) == 1)
     _look_at_runs(site, machine)
     return site
 
 
-def _statement(call: ast.Call, source: SourceFile) -> ast.stmt:
+def _statement(call: ast.expr, source: SourceFile) -> ast.stmt:
     """The statement that makes a call, each time and once."""
     inner: ast.AST = call
     for node in outward(source.tree, call):
@@ -80,7 +87,8 @@ def _statement(call: ast.Call, source: SourceFile) -> ast.stmt:
     raise AssertionError("a call outside of any statement")
 
 
-def _argument(call: ast.Call, source: SourceFile) -> ast.expr:
+def _argument(call: ast.expr, source: SourceFile) -> ast.expr:
+    assert isinstance(call, ast.Call)
     if len(call.args) == 1 and not call.keywords and not isinstance(call.args[0], ast.Starred):
         return call.args[0]
     if not call.args and len(call.keywords) == 1 and call.keywords[0].arg == "input":
@@ -128,26 +136,28 @@ def _check_unchanged(argument: ast.expr, region: Sequence[ast.stmt], until: ast.
 def _look_at_runs(site: Site, machine: Machine) -> None:
     """What the runs of the function show: inputs that are one tensor, and what becomes of the outputs."""
     needed = [""] * len(site.calls.calls)
-    results: dict[int, list[tuple[int, Node]]] = {}
-    for index, call in enumerate(site.calls.calls):
+    results: dict[int, list[tuple[int, Node, Value]]] = {}
+    for index, (call, argument) in enumerate(zip(site.calls.calls, site.arguments, strict=True)):
+        read = {id(frame): value for frame, value in machine.at[argument]}
         for frame, value in machine.at[call]:
-            if not isinstance(value, Node) or value.op != "linear":
+            if not isinstance(value, Node) or value.op not in PRODUCTS:
                 raise Cannot("a layer gives something else than its product", site.source.location(call))
-            results.setdefault(id(frame), []).append((index, value))
+            given = value.args[0] if value.op == "linear" else read[id(frame)]
+            results.setdefault(id(frame), []).append((index, value, given))
             needed[index] = max(needed[index], copies_needed(value), key=["", "contiguous", "clone"].index)
     for run in results.values():
-        _check_run(site, machine, [node for _, node in run])
-        inputs = {index: node.args[0] for index, node in run}
+        _check_run(site, machine, [node for _, node, _ in run], [given for _, _, given in run])
+        inputs = {index: given for index, _, given in run}
         neighbours = [inputs.get(i) for i in range(len(needed))]
         site.shares |= any(a is not None and a is b for a, b in pairwise(neighbours))
     site.shares |= site.one_input
     site.copies = needed
 
 
-def _check_run(site: Site, machine: Machine, products: Sequence[Node]) -> None:
+def _check_run(site: Site, machine: Machine, products: Sequence[Node], inputs: Sequence[Value]) -> None:
     """Between the first product and the last, nothing may change an input in place."""
     orders = [node.order for node in products]
-    roots = {id(root) for node in products for root in _memory(node.args[0])}
+    roots = {id(root) for given in inputs for root in _memory(given)}
     for node in machine.nodes[min(orders) : max(orders)]:
         if changes_in_place(node) and node.args and any(id(root) in roots for root in _memory(node.args[0])):
             raise Cannot("an input of its layers is changed in place between their calls",
@@ -165,25 +175,16 @@ def _memory(value: Value) -> list[Value]:
 # -- the edits
 
 
-@dataclass(frozen=True)
-class Joint:
-    """What the calls become: a call that gives as many results, as code without its argument list."""
-
-    attribute: str
-    splits: str  # what cuts the result into its parts, '' where the layer does
-
-    def code(self, site: Site) -> str:
-        inputs = [site.source.code(argument) for argument in site.arguments]
-        if site.one_input:
-            inputs = inputs[:1]
-        return f"{site.receiver}.{self.attribute}({', '.join(inputs)}){self.splits}"
+def joint_call(site: Site, attribute: str) -> str:
+    """The call of a joint layer: with one input, or one for each part."""
+    inputs = [site.source.code(argument) for argument in site.arguments]
+    return f"{site.receiver}.{attribute}({', '.join(inputs[:1] if site.one_input else inputs)})"
 
 
-def join_calls(site: Site, joint: Joint) -> list[Edit]:
-    """The edits that put one call in the place of several."""
+def join_calls(site: Site, call: str) -> list[Edit]:
+    """The edits that put one expression, `call`, which gives all parts, in the place of several."""
     path, first = site.source.path, site.region[0]
     names = _names(site)
-    call = joint.code(site)
     bare = [_is_bare(site, index, name) for index, name in enumerate(names)]
     if all(bare) and all(site.copies):
         copy = max(site.copies, key=["", "contiguous", "clone"].index)
@@ -283,4 +284,4 @@ def _gone(site: Site, names: Sequence[str], copies: Sequence[str]) -> set[ast.st
     return gone
 
 
-__all__ = ["Joint", "Site", "join_calls", "read_site"]
+__all__ = ["Site", "join_calls", "joint_call", "products_site", "read_site"]

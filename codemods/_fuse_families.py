@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from modernizer.graph.query import is_torch, location, origin
-from modernizer.graph.values import Module, Node
+from modernizer.graph.values import Class, Module, Node
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
 from modernizer.rule import Modern, Refusal
@@ -27,6 +27,10 @@ class Cannot(Exception):
     def __init__(self, reason: str, at: Location | None = None, hint: str = "") -> None:
         super().__init__(reason)
         self.reason, self.at, self.hint = reason, at, hint
+
+
+class DifferentInputs(Cannot):
+    """Query, key and value are not all made of one input."""
 
 
 @dataclass(eq=False)
@@ -49,19 +53,54 @@ class Family:
         return Family(self.calls[1:], self.modules[1:], self.contexts, self.trouble)
 
 
+@dataclass(eq=False)
+class Bare:
+    """The products of inputs with parameters that are query, key and value, in this order."""
+
+    products: tuple[Sequence[Node], ...]  # for each of them, in the contexts of the attention
+    location: Location
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for row in self.products for node in row]
+
+    @property
+    def syntax(self) -> set[ast.AST | None]:
+        """The products in the code."""
+        return {node.node for node in self.nodes}
+
+    @property
+    def classes(self) -> list[ast.ClassDef]:
+        """The classes that use the parameters, and those they derive from."""
+        owners = [node.frame.receiver for node in self.nodes]
+        mro = [cls for owner in owners if isinstance(owner, Module) and owner.cls for cls in owner.cls.mro]
+        return list(dict.fromkeys(cls.node for cls in mro if isinstance(cls, Class)))
+
+    def without_query(self) -> Bare:
+        """The products that are key and value alone."""
+        return Bare(self.products[1:], self.location)
+
+
 @dataclass
 class Found:
     """What the attentions of a program say about their projections."""
 
     families: list[Family] = field(default_factory=list)
+    bare: list[Bare] = field(default_factory=list)
     modern: list[Modern] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def places(self) -> list[Location]:
+        """Where projections are separate."""
+        return [family.location for family in self.families] + [bare.location for bare in self.bare]
 
 
 def find_families(model: ModelMap) -> Found:
     """The families of separate projections, the attentions that have none, and those of which it cannot be told."""
     found = Found()
     families: dict[tuple[ast.Call, ...], Family] = {}
+    bare: dict[tuple[frozenset[ast.AST | None], ...], list[Attention]] = defaultdict(list)
     unclear: list[tuple[Attention, Cannot]] = []
     made: dict[ast.AST, list[Module]] = defaultdict(list)
     for module in model.graph.machine.modules:
@@ -72,6 +111,9 @@ def find_families(model: ModelMap) -> Found:
         if all(reasons):
             found.modern.append(Modern(site.location, reasons[0]))
         for context, reason in zip(site.contexts, reasons, strict=True):
+            if not reason and all(nodes and not any(n.module for n in nodes) for nodes in _projections(context)):
+                bare[tuple(frozenset(n.node for n in nodes) for nodes in _projections(context))].append(context)
+                continue
             try:
                 calls = () if reason else _constructors(context)
             except Cannot as cannot:
@@ -81,6 +123,12 @@ def find_families(model: ModelMap) -> Found:
                 family = families.setdefault(calls, Family(calls, tuple(made[call] for call in calls)))
                 family.contexts.append(context)
     found.families = list(families.values())
+    for contexts in bare.values():
+        rows = zip(*map(_projections, contexts), strict=True)
+        products = tuple([node for nodes in row for node in nodes] for row in rows)
+        at = contexts[0].scores
+        assert at.node is not None
+        found.bare.append(Bare(products, location(at.node, contexts[0].frame)))
     for context, trouble in unclear:
         touched = [family for family in found.families if set(family.calls) & _layers(context)]
         for family in touched:
@@ -151,4 +199,4 @@ def _other_kind(node: Node) -> str:
     return "a convolution" if node.op.startswith("conv") else module.class_name
 
 
-__all__ = ["ROLES", "Cannot", "Family", "Found", "find_families"]
+__all__ = ["ROLES", "Bare", "Cannot", "DifferentInputs", "Family", "Found", "find_families"]

@@ -50,7 +50,7 @@ def changes_in_place(node: Node) -> bool:
 
 def _is_safe_view(view: Node, node: Node, projection: Node) -> bool:
     """Whether a view only regroups the leading axes among themselves and the features among themselves."""
-    if view.op != "view" or base(node) is not projection or view.kwargs:
+    if projection.module is None or view.op != "view" or base(node) is not projection or view.kwargs:
         return False
     sizes = [part for size in view.args[1:] for part in (flatten(size) if isinstance(size, Many) else [size])]
     return bool(sizes) and (_keeps_leading(sizes, projection) or _ends_in_features(sizes, projection))

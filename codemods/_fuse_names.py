@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Collection, Sequence
 from itertools import takewhile
 
 from modernizer.project import Project
-from modernizer.syntax import free_name, mentions
+from modernizer.syntax import every_node, free_name, mentions
 
 
-def joint_name(names: Sequence[str], project: Project, taken: Collection[str] = ()) -> str:
+def joint_name(
+    names: Sequence[str], project: Project, taken: Collection[str] = (), suffixes: Sequence[str] = ()
+) -> str:
     """`w_q`, `w_k` and `w_v` give `w_qkv`; `key` and `value` give `kv`.
 
-    A name that the program uses for any attribute is not given: whoever reads a checkpoint backwards must be able to
-    tell the joint layers by it.
+    A name that the program uses for anything in a class is not given, nor one that would be with one of the
+    `suffixes`: whoever reads a checkpoint backwards must be able to tell the joint layers by it.
     """
     used = set(taken)
     for file in project.files():
         named = mentions(file.tree)
-        used |= named.attributes.keys() | named.strings.keys()
+        used |= named.attributes.keys() | named.strings.keys() | named.methods.keys()
         used |= {part for text in named.strings if "." in text for part in text.split(".")}
+        for node in every_node(file.tree):
+            if isinstance(node, ast.ClassDef):
+                used |= {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+    used |= {name.removesuffix(suffix) for name in used for suffix in suffixes}
     return free_name(_wanted(names), used)
 
 

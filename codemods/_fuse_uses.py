@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from codemods._fuse_definitions import Definition
@@ -14,7 +14,7 @@ from modernizer.graph.values import Class, External, Module, Node, Object, Packa
 from modernizer.model_map import ModelMap
 from modernizer.removal import Attribute, Removal
 from modernizer.report import shown
-from modernizer.source import SourceFile
+from modernizer.source import Location, SourceFile
 from modernizer.syntax import below, every_node, function_of, mentions
 
 DYNAMIC = frozenset({"getattr", "setattr", "hasattr", "delattr"})
@@ -28,7 +28,7 @@ class Calls:
     """The calls of all layers of a definition in one function, in the order of the layers."""
 
     function: ast.FunctionDef
-    calls: Sequence[ast.Call]
+    calls: Sequence[ast.expr]
 
 
 class Uses:
@@ -41,38 +41,51 @@ class Uses:
 
     def calls(self, made: Definition) -> list[Calls]:
         """The functions that call the layers; raises Cannot where anything else is done with one of them."""
-        self._check_inside(made)
-        by_function: dict[ast.FunctionDef, dict[str, list[ast.Call]]] = defaultdict(lambda: defaultdict(list))
+        self.check_inside(made.owner, [module.owner for modules in made.family.modules for module in modules])
+        by_function: dict[ast.FunctionDef, dict[str, list[ast.expr]]] = defaultdict(lambda: defaultdict(list))
         for name in made.names:
-            self._check_strings(made, name)
-            for use in self._uses(made, name):
+            self.check_strings(name)
+            for use in self.reads(made.owner, name, made.statements):
                 call = self.removal.parent(use)
                 if not (isinstance(call, ast.Call) and call.func is use):
-                    raise Cannot(f"`{name}` is not only called: {self._shown(use)}", self.removal.location(use))
-                function = function_of(self._source(use).tree, call)
-                if not self._is_method(function, use):
-                    raise Cannot(f"`{name}` is called outside of a method", self.removal.location(use))
-                assert isinstance(function, ast.FunctionDef)
-                by_function[function][name].append(call)
+                    raise Cannot(f"`{name}` is not only called: {self.shown(use)}", self.removal.location(use))
+                by_function[self.method(use, name)][name].append(call)
+        return self.together(by_function, made.names, made.family.location)
+
+    def together(
+        self,
+        by_function: Mapping[ast.FunctionDef, Mapping[str, Sequence[ast.expr]]],
+        names: Sequence[str],
+        at: Location,
+    ) -> list[Calls]:
+        """What each function does with the layers; raises Cannot where it does not use each of them once."""
         found: list[Calls] = []
         for function, calls in by_function.items():
-            for name in made.names:
-                if len(calls[name]) != 1:
-                    times = "not called" if not calls[name] else "called more than once"
+            for name in names:
+                if len(calls.get(name, ())) != 1:
+                    times = "called more than once" if calls.get(name) else "not called"
                     raise Cannot(f"`{name}` is {times} in `{function.name}`", self.removal.location(function))
-            found.append(Calls(function, [calls[name][0] for name in made.names]))
+            found.append(Calls(function, [calls[name][0] for name in names]))
         if not found:
-            raise Cannot("its layers are never called", made.family.location)
+            raise Cannot("its layers are never called", at)
         for each in found:
             for call in each.calls:
                 if call not in self.machine.at:
                     raise Cannot("a call of its layers is never reached", self.removal.location(call))
         return found
 
-    def _uses(self, made: Definition, name: str) -> Iterator[ast.AST]:
+    def method(self, use: ast.AST, name: str) -> ast.FunctionDef:
+        """The method in which a layer is read of `self`; raises Cannot where it is read in another way."""
+        function = function_of(self.source(use).tree, use)
+        if not self._is_method(function, use):
+            raise Cannot(f"`{name}` is called outside of a method", self.removal.location(use))
+        assert isinstance(function, ast.FunctionDef)
+        return function
+
+    def reads(self, owner: ast.ClassDef, name: str, definitions: Sequence[ast.Assign]) -> Iterator[ast.AST]:
         """Every mention of an attribute but its definition."""
-        targets = {statement.targets[0] for statement in made.statements}
-        for use in self.removal.uses(Attribute(frozenset({made.owner}), name)):
+        targets = {statement.targets[0] for statement in definitions}
+        for use in self.removal.uses(Attribute(frozenset({owner}), name)):
             if use not in targets and not self._is_something_else(use):
                 yield use
 
@@ -90,14 +103,13 @@ class Uses:
         own = function.args.args[0].arg if function.args.args else ""
         return isinstance(use, ast.Attribute) and isinstance(use.value, ast.Name) and use.value.id == own
 
-    def _check_inside(self, made: Definition) -> None:
+    def check_inside(self, owner: ast.ClassDef, modules: Iterable[Module | None]) -> None:
         """Refuses classes that reach for their attributes by names that are not written out."""
-        classes = {made.owner} | {
+        classes = {owner} | {
             base.node
-            for modules in made.family.modules
             for module in modules
-            if module.owner is not None and module.owner.cls is not None
-            for base in module.owner.cls.mro
+            if module is not None and module.cls is not None
+            for base in module.cls.mro
             if isinstance(base, Class)
         }
         for cls in classes:
@@ -149,7 +161,8 @@ class Uses:
 
     # -- names in strings
 
-    def _check_strings(self, made: Definition, name: str) -> None:
+    def check_strings(self, name: str) -> None:
+        """Refuses a layer that a string of the program may name."""
         for file in self.project.files():
             strings = mentions(file.tree).strings
             for text, nodes in strings.items():
@@ -159,9 +172,10 @@ class Uses:
                     if not self._is_a_word_of_its_own(node, exact=text == name):
                         raise Cannot(f"a string names the layer `{name}`: {text!r}", self.removal.location(node))
 
-    def mentions_elsewhere(self, names: Sequence[str]) -> list[str]:
-        """The files beside those that were read which name a parameter of the layers, each with the line."""
-        parameter = re.compile(rf"\b({'|'.join(map(re.escape, names))})\.(weight|bias)\b")
+    def mentions_elsewhere(self, names: Sequence[str], are_layers: bool = True) -> list[str]:
+        """The files beside those that were read which name one of the parameters, each with the line."""
+        named = "|".join(map(re.escape, names))
+        parameter = re.compile(rf"\b({named})\.(weight|bias)\b" if are_layers else rf"(?<=\.)({named})\b")
         read = {file.path for file in self.project.files()}
         found: list[str] = []
         for path, text in self.project.texts_around().items():
@@ -189,11 +203,13 @@ class Uses:
         seen = [value for part in node.values for _, value in self.machine.at.get(part, ())]
         return not seen or any(isinstance(value, Module | External | Class) for value in seen)
 
-    def _shown(self, node: ast.AST) -> str:
+    def shown(self, node: ast.AST) -> str:
+        """The statement around a node, for people."""
         statement = self.removal.statement(node)
         return f"`{ast.unparse(statement).splitlines()[0][:80]}`"
 
-    def _source(self, node: ast.AST) -> SourceFile:
+    def source(self, node: ast.AST) -> SourceFile:
+        """The file in which a node stands."""
         source = self.project.source(self.removal.path(node))
         assert source is not None
         return source

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from codemods._fuse_calls import Joint, Site, join_calls, read_site
+from codemods._fuse_calls import Site, join_calls, joint_call, read_site
 from codemods._fuse_definitions import Definition, differing, read_definition
-from codemods._fuse_families import Cannot, Family, find_families
+from codemods._fuse_families import Bare, Cannot, DifferentInputs, Family, find_families
 from codemods._fuse_names import joint_name
+from codemods._fuse_parameters import Tensors, joint_product, read_tensors, size_edits, tensor_edits
 from codemods._fuse_uses import Uses
 from modernizer.edit import Delete, Edit, Replace
 from modernizer.graph.values import External
@@ -40,9 +41,9 @@ class FuseQKV(Rule):
             lost = sorted(map(str, (old - new) + (new - old)))
             return f"the attentions are not what they were: {lost[0]}"
         done = {upgrade.location for upgrade in upgrades}
-        left = [family for family in find_families(after).families if family.location in done]
-        expected = sum(family.location not in done for family in find_families(before).families)
-        now = len(find_families(after).families)
+        left = [at for at in find_families(after).places if at in done]
+        expected = sum(at not in done for at in find_families(before).places)
+        now = len(find_families(after).places)
         return f"{now} attentions have separate projections afterwards, {expected} were expected" if left else ""
 
 
@@ -83,11 +84,56 @@ class _Planner:
             try:
                 if names in troubles:
                     raise Cannot(f"layers of the same names in another class are not fused: {troubles[names]}")
-                self._check_alone(names, [made for made, _ in members])
+                self._check_alone(names, {made.owner for made, _ in members})
                 plan.upgrades.append(self._upgrade(names, members))
             except Cannot as cannot:
                 plan.refusals.append(Refusal(at, cannot.reason, cannot.hint))
+        self._plan_parameters(found.bare, plan)
         return plan
+
+    def _plan_parameters(self, found: Sequence[Bare], plan: Plan) -> None:
+        groups: dict[tuple[str, ...], list[Tensors]] = defaultdict(list)
+        for bare in found:
+            try:
+                made = self._tensors(bare)
+                groups[tuple(made.names)].append(made)
+            except Cannot as cannot:
+                plan.refusals.append(Refusal(bare.location, cannot.reason, cannot.hint))
+        for names, members in groups.items():
+            try:
+                self._check_alone(names, {made.owner for made in members})
+                plan.upgrades.append(self._upgrade_parameters(names, members))
+            except Cannot as cannot:
+                at = members[0].bare.location
+                plan.refusals.append(Refusal(at, cannot.reason, cannot.hint))
+
+    def _tensors(self, bare: Bare) -> Tensors:
+        try:
+            return read_tensors(bare, self.uses)
+        except DifferentInputs:
+            return read_tensors(bare.without_query(), self.uses)
+
+    def _upgrade_parameters(self, names: tuple[str, ...], members: Sequence[Tensors]) -> Upgrade:
+        self.uses.check_program(is_plain=True)
+        first = members[0]
+        if any(made.axis != first.axis for made in members):
+            raise Cannot("classes of the same names would be joined along different axes")
+        attribute = joint_name(names, self.project, self.taken, ("_sizes",))
+        self.taken.add(attribute)
+        edits: list[Edit] = []
+        for made in members:
+            edits += [*tensor_edits(made, attribute), *size_edits(made, attribute, self.uses)]
+            for site in made.sites:
+                edits += join_calls(site, joint_product(made, site, attribute))
+        owners = ", ".join(dict.fromkeys(made.owner.name for made in members))
+        concat = Concat(names, attribute, axis=first.axis, equal=all(made.equal for made in members))
+        return Upgrade(
+            first.bare.location,
+            f"{_listed(names)} of {owners} become one parameter, `{attribute}`",
+            tuple(edits),
+            tuple(self._notes(names, are_layers=False)),
+            WeightMap.of(Group(owners, (concat,))),
+        )
 
     def _sites(self, made: Definition) -> list[Site]:
         if made.family.trouble is not None:
@@ -97,9 +143,8 @@ class _Planner:
             raise Cannot("no two of its layers are ever seen to read one tensor")
         return sites
 
-    def _check_alone(self, names: Sequence[str], members: Sequence[Definition]) -> None:
+    def _check_alone(self, names: Sequence[str], owners: Collection[ast.ClassDef]) -> None:
         """A checkpoint tells a class by the names of its layers, so that no other may have the same ones."""
-        owners = {made.owner for made in members}
         for file in self.project.files():
             for node in every_node(file.tree):
                 if not isinstance(node, ast.ClassDef) or node in owners:
@@ -121,9 +166,9 @@ class _Planner:
             plain = made.equal_parts and all(site.one_input for site in sites)
             self.uses.check_program(plain)
             edits += _definition_edits(made, attribute, plain)
-            joint = Joint(attribute, f".chunk({len(names)}, dim=-1)" if plain else "")
+            splits = f".chunk({len(names)}, dim=-1)" if plain else ""
             for site in sites:
-                edits += join_calls(site, joint)
+                edits += join_calls(site, joint_call(site, attribute) + splits)
         first = members[0][0]
         owners = _owners([made for made, _ in members])
         return Upgrade(
@@ -134,8 +179,8 @@ class _Planner:
             WeightMap.of(_group([made for made, _ in members], attribute)),
         )
 
-    def _notes(self, names: Sequence[str]) -> Iterator[str]:
-        for mention in self.uses.mentions_elsewhere(names):
+    def _notes(self, names: Sequence[str], are_layers: bool = True) -> Iterator[str]:
+        for mention in self.uses.mentions_elsewhere(names, are_layers):
             yield f"{mention}, which is no more; this file was not part of the upgrade"
         for node in self.machine.at:
             if not isinstance(node, ast.Attribute | ast.Name):

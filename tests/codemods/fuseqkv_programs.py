@@ -200,6 +200,61 @@ class Net(nn.Module):
         return self.second(self.first(x))
 """
 
+BARE = """
+class Attention(nn.Module):
+    def __init__(self, dim=12, heads=3, width=4, v_width=4):
+        super().__init__()
+
+        def weights(*shape):
+            return nn.Parameter(torch.randn(*shape) / math.sqrt(shape[-1]))
+
+        LAYERS
+        self.w_o = weights(heads * v_width, dim)
+
+    def forward(self, x, memory=None):
+        CALLS
+        weights = F.softmax(torch.einsum("nhtd,nhsd->nhts", q, k) / math.sqrt(q.shape[-1]), dim=-1)
+        return torch.einsum("nhts,nhsd->nthd", weights, v).flatten(2) @ self.w_o
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention() for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x, x)
+        return x
+
+
+def run(net):
+    return net(data(2, 5, 12))
+"""
+BARE_LAYERS = """
+self.w_q = weights(heads, width, dim)
+self.w_k = weights(heads, width, dim)
+self.w_v = weights(heads, width, dim)
+"""
+BARE_CALLS = """
+q = torch.einsum("ntc,hdc->nhtd", x, self.w_q)
+k = torch.einsum("nsc,hdc->nhsd", x, self.w_k)
+v = torch.einsum("nsc,hdc->nhsd", x, self.w_v)
+"""
+WIDE = BARE_LAYERS.replace("self.w_v = weights(heads, width", "self.w_v = weights(heads, v_width")
+FLAT = """
+self.wq = nn.Parameter(torch.randn(dim, dim) * 0.1)
+self.wk = nn.Parameter(torch.randn(dim, dim) * 0.1)
+self.wv = nn.Parameter(torch.randn(dim, dim) * 0.1)
+self.heads = heads
+"""
+FLAT_CALLS = """
+b, t, c = x.shape
+q = (x @ self.wq).view(b, t, self.heads, -1).transpose(1, 2)
+k = torch.matmul(x, self.wk).view(b, t, self.heads, -1).transpose(1, 2)
+v = (x @ self.wv).view(b, t, self.heads, -1).transpose(1, 2)
+"""
+
 FORMS = {
     "plain": own(),
     "no bias": own(LAYERS.replace("dim, dim)", "dim, dim, bias=False)")),
@@ -221,6 +276,16 @@ FORMS = {
     "self and cross": own(calls=BOTH_CALLS, program=BOTH),
     "cross with widths of its own": HEAD + CROSS,
     "one module a head": HEAD + HEADS,
+    "parameters": own(BARE_LAYERS, BARE_CALLS, BARE),
+    "parameters whose sizes are read": own(
+        BARE_LAYERS, BARE_CALLS + "q = q * (self.w_q.shape[1] + self.w_k.size(0) + self.w_v.size(-1))", BARE),
+    "parameters that come first": own(
+        BARE_LAYERS,
+        "q, k, v = (torch.einsum('hdc,ntc->nthd', self.w_q, x), torch.einsum('hdc,ntc->nthd', self.w_k, x),\n"
+        "           torch.einsum('hdc,ntc->nthd', self.w_v, x))\n"
+        "q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)", BARE),
+    "parameters of keys and values": own(BARE_LAYERS, BARE_CALLS.replace("nsc,hdc->nhsd\", x", "nsc,hdc->nhsd\", memory"), BARE),
+    "flat parameters": own(FLAT, FLAT_CALLS.replace("torch.matmul(x, self.wk)", "(x @ self.wk)"), BARE),
     "a subclass with another query": own() + OVERRIDING,
 }  # fmt: skip
 
@@ -250,6 +315,14 @@ class Net(nn.Module):
 """
 )
 FORMS["two classes of the same names"] = TWO_CLASSES
+
+UNEQUAL = {
+    "a value of another width": FORMS.pop("a value of another width"),
+    "parameters of fewer heads": own(BARE_LAYERS.replace("w_v = weights(heads", "w_v = weights(1"), BARE_CALLS, BARE),
+    "parameters of another width": own(
+        WIDE, BARE_CALLS.replace("self.w_q)", "self.w_q) / self.w_v.shape[1]"), BARE.replace("v_width=4", "v_width=5")
+    ),
+}
 
 REFUSED = {
     "initialised by name": (own(LAYERS + "nn.init.normal_(self.to_k.weight)\n"), "not only called"),
@@ -285,6 +358,28 @@ REFUSED = {
     "a dictionary of modules by the same names": (
         own() + "\n\nOTHERS = nn.ModuleDict({'to_q': nn.Linear(4, 4), 'to_k': nn.Linear(4, 4), 'to_v': nn.Linear(4, 4)})\n",
         "a string names the layer",
+    ),
+    "parameters that are filled elsewhere": (
+        own(BARE_LAYERS + "nn.init.normal_(self.w_q)\n", BARE_CALLS, BARE), "not only multiplied",
+    ),
+    "empty parameters": (
+        own(FLAT.replace("randn", "empty"), FLAT_CALLS.replace("torch.matmul(x, self.wk)", "(x @ self.wk)"), BARE),
+        "made empty",
+    ),
+    "products of different kinds": (
+        own(BARE_LAYERS, BARE_CALLS.replace("nsc,hdc->nhsd\", x, self.w_k", "nsc,dhc->nhsd\", x, self.w_k.transpose(0, 1)"), BARE),
+        "",
+    ),
+    "parameters of other heads": (
+        own(BARE_LAYERS.replace("w_v = weights(heads, width", "w_v = weights(1, 2 * width"), BARE_CALLS, BARE), "differ in more than their outputs",
+    ),
+    "frozen parameters": (
+        own(FLAT.replace(" * 0.1)", " * 0.1, requires_grad=False)"), FLAT_CALLS, BARE), "",
+    ),
+    "parameters of unknown shape": (
+        own(FLAT.replace("torch.randn(dim, dim) * 0.1", "torch.eye(dim) @ torch.randn(dim, dim)"),
+            FLAT_CALLS.replace("torch.matmul(x, self.wk)", "(x @ self.wk)"), BARE),
+        "cannot be told",
     ),
     "compiled": (own() + "\n\ndef compiled(net):\n    return torch.jit.script(net)\n", "TorchScript"),
     "known by the exact class": (
