@@ -79,13 +79,13 @@ class Machine:
 
     def merge(self, values: Sequence[Value], at: ast.AST | None, frame: Frame) -> Value:
         """The value that is one of several: itself where they agree, else a `merge` node over the alternatives."""
-        leaves: list[Value] = []
         inner = [v for v in values if isinstance(v, Node) and v.op == "merge"]
+        known: dict[object, Value] = {}
         for value in values:
             options = value.args if isinstance(value, Node) and value.op == "merge" else (value,)
             for option in options:
-                if not any(same(option, known) for known in leaves):
-                    leaves.append(option)
+                known.setdefault(identity(option), option)
+        leaves = list(known.values())
         if len(leaves) == 1:
             return leaves[0]
         if all(isinstance(v, Many) for v in leaves):
@@ -199,13 +199,16 @@ class Outcome:
         self.writes = writes
 
 
-def same(a: Value, b: Value) -> bool:
-    """Whether two values are known to be one."""
-    if a is b:
-        return True
-    if isinstance(a, Const) and isinstance(b, Const):
-        return type(a.value) is type(b.value) and a.value == b.value
-    return type(a) is type(b) and getattr(a, "dotted", 0) == getattr(b, "dotted", 1)
+def identity(value: Value) -> object:
+    """What two values have in common exactly where they are known to be one."""
+    if isinstance(value, Const):
+        try:
+            hash(value.value)
+        except TypeError:
+            return id(value)
+        return type(value.value), value.value
+    dotted = getattr(value, "dotted", None)
+    return id(value) if dotted is None else (type(value), dotted)
 
 
 def _current(target: object, name: str) -> object:

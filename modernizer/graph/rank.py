@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from modernizer.graph.containers import slice_bounds
 from modernizer.graph.query import IDENTITY, NORMS
 from modernizer.graph.values import Const, Many, Node, Value
 
-_DEPTH = 40
 _SAME = (
     IDENTITY
     | NORMS
@@ -24,22 +25,50 @@ _BROADCAST = frozenset(
 )
 
 
-def rank(value: Value, depth: int = 0) -> int | None:
-    """The number of axes, None where the code does not say."""
+def rank(value: Value) -> int | None:
+    """The number of axes, None where the code does not say. To be asked of a graph that is complete."""
     if isinstance(value, Const):
         return 0 if isinstance(value.value, int | float) else None
-    if not isinstance(value, Node) or depth > _DEPTH:
-        return None
-    if is_number(value):
-        return 0
+    return _facts(value).rank if isinstance(value, Node) else None
+
+
+def is_number(value: Value) -> bool:
+    """Whether a value is a Python or numpy number: a constant, a size, a constructor's option, or computed of these."""
+    if isinstance(value, Const):
+        return isinstance(value.value, int | float) and not isinstance(value.value, bool)
+    return isinstance(value, Node) and _facts(value).is_number
+
+
+class _Facts(NamedTuple):
+    rank: int | None
+    is_number: bool
+
+
+_UNKNOWN = _Facts(None, False)
+_KNOWN: WeakKeyDictionary[Node, _Facts] = WeakKeyDictionary()
+
+
+def _facts(value: Node) -> _Facts:
+    """Worked out once a value, from what it is made of; no recursion, as graphs are deep, with many ways to a value."""
+    pending = [] if value in _KNOWN else [value]
+    while pending:
+        top = pending[-1]
+        below = () if top in _KNOWN else [v for v in top.sources if v not in _KNOWN and v.order < top.order]
+        if below:
+            pending.extend(below)
+        elif pending.pop() not in _KNOWN:
+            _KNOWN[top] = _UNKNOWN  # for whoever asks in a circle
+            number = _is_number(top)
+            _KNOWN[top] = _Facts(0 if number else _rank(top), number)
+    return _KNOWN[value]
+
+
+def _rank(value: Node) -> int | None:
     known = _unpacked(value)
     if known is not None:
         return known
-    below = depth + 1
     if value.op == "merge":
-        found = {
-            rank(option, below) for option in value.args if not (isinstance(option, Const) and option.value is None)
-        }
+        found = {rank(option) for option in value.args if not (isinstance(option, Const) and option.value is None)}
         return found.pop() if len(found) == 1 else None
     if value.op in (
         "view",
@@ -54,29 +83,26 @@ def rank(value: Value, depth: int = 0) -> int | None:
         "randn",
         "full",
     ):
-        return _from_sizes(value, below)
+        return _from_sizes(value)
     if value.op in _SAME and value.args:
-        return rank(value.args[0], below)
+        return rank(value.args[0])
     if value.op in _BROADCAST:
-        ranks = [rank(a, below) for a in value.args]
+        ranks = [rank(a) for a in value.args]
         return None if any(r is None for r in ranks) else max(r for r in ranks if r is not None)
-    return _special(value, below)
+    return _special(value)
 
 
-def is_number(value: Value, depth: int = 0) -> bool:
-    """Whether a value is a Python or numpy number: a constant, a size, a constructor's option, or computed of these."""
-    if isinstance(value, Const):
-        return isinstance(value.value, int | float) and not isinstance(value.value, bool)
-    if not isinstance(value, Node) or depth > _DEPTH or value.name.startswith("torch."):
+def _is_number(value: Node) -> bool:
+    if value.name.startswith("torch."):
         return False
     if value.op in ("dim", "rank", "config") or _is_factory_argument(value):
         return True
     if value.op == "attr" and value.args and isinstance(value.args[0], Node):
-        return is_number(value.args[0], depth + 1) and value.args[0].op in ("config", "attr")
+        return is_number(value.args[0]) and value.args[0].op in ("config", "attr")
     if value.op in ("getitem", "item", "iter") and isinstance(value.args[0], Node):  # `config.heads[i]`
         within = ("config", "attr", "getitem") if _has_text_key(value) else ("config", "attr")
-        return value.args[0].op in within and is_number(value.args[0], depth + 1)
-    return value.op in _ARITHMETIC and bool(value.args) and all(is_number(a, depth + 1) for a in value.args)
+        return value.args[0].op in within and is_number(value.args[0])
+    return value.op in _ARITHMETIC and bool(value.args) and all(is_number(a) for a in value.args)
 
 
 def _has_text_key(value: Node) -> bool:
@@ -96,8 +122,8 @@ def _is_factory_argument(value: Node) -> bool:
 _ARITHMETIC = frozenset("add sub mul div floordiv mod pow sqrt neg int float round min max abs merge log exp".split())
 
 
-def _special(value: Node, depth: int) -> int | None:
-    first = rank(value.args[0], depth) if value.args else None
+def _special(value: Node) -> int | None:
+    first = rank(value.args[0]) if value.args else None
     if value.op == "parameter" and not value.args:
         return None
     if value.op in ("parameter", "Variable"):
@@ -105,12 +131,12 @@ def _special(value: Node, depth: int) -> int | None:
     if value.op == "matmul":
         if value.name.rpartition(".")[2] == "bmm":
             return 3
-        second = rank(value.args[1], depth) if len(value.args) > 1 else None
+        second = rank(value.args[1]) if len(value.args) > 1 else None
         return None if first is None or second is None or min(first, second) < 2 else max(first, second)
     if value.op == "baddbmm":
         return 3
     if value.op in ("cat", "stack") and value.args and isinstance(value.args[0], Many):
-        parts = {rank(part, depth) for part in value.args[0].items} - {None}
+        parts = {rank(part) for part in value.args[0].items} - {None}
         return None if len(parts) != 1 else parts.pop() + (value.op == "stack")  # type: ignore[operator]
     if (
         value.op == "einsum"
@@ -125,7 +151,7 @@ def _special(value: Node, depth: int) -> int | None:
     if value.op == "getitem":
         return None if first is None else _indexed(first, value.args[1])
     if value.op in ("item", "iter"):
-        return _of_part(value, first, depth)
+        return _of_part(value, first)
     if first is None:
         return None
     change = {
@@ -142,7 +168,7 @@ def _special(value: Node, depth: int) -> int | None:
     return first + change[value.op] if value.op in change and not isinstance(value.args[0], Many) else None
 
 
-def _of_part(value: Node, first: int | None, depth: int) -> int | None:
+def _of_part(value: Node, first: int | None) -> int | None:
     """One of several results: of split and chunk as it was, of anything else one axis less."""
     whole = value.args[0]
     if first is None or not isinstance(whole, Node):
@@ -150,22 +176,22 @@ def _of_part(value: Node, first: int | None, depth: int) -> int | None:
     return first if whole.op in ("split", "chunk", "tensor_split") else first - 1
 
 
-def _from_sizes(value: Node, depth: int) -> int | None:
+def _from_sizes(value: Node) -> int | None:
     sizes = value.args[1:] if value.op in ("view", "reshape", "permute", "expand", "repeat") else value.args
     if "size" in value.kwargs:
         sizes = (value.kwargs["size"],)
     if len(sizes) == 1:
-        return _length(sizes[0], depth)
+        return _length(sizes[0])
     total = 0
     for size in sizes:
-        length = _length(size.args[0], depth) if isinstance(size, Node) and size.op == "star" else 1
+        length = _length(size.args[0]) if isinstance(size, Node) and size.op == "star" else 1
         if length is None:
             return None
         total += length
     return total or None
 
 
-def _length(sizes: Value, depth: int) -> int | None:
+def _length(sizes: Value) -> int | None:
     """The number of sizes in a shape expression such as `x.size()[:-1] + (heads, width)`."""
     if isinstance(sizes, Many):
         return None if sizes.open else len(sizes.items)
@@ -174,14 +200,14 @@ def _length(sizes: Value, depth: int) -> int | None:
     if not isinstance(sizes, Node):
         return None
     if sizes.op == "star":
-        return _length(sizes.args[0], depth)
+        return _length(sizes.args[0])
     if sizes.op == "shape":
-        return rank(sizes.args[0], depth)
+        return rank(sizes.args[0])
     if sizes.op == "add":
-        parts = [_length(part, depth) for part in sizes.args]
+        parts = [_length(part) for part in sizes.args]
         return None if any(p is None for p in parts) else sum(p for p in parts if p is not None)
     if sizes.op == "getitem":
-        whole = _length(sizes.args[0], depth)
+        whole = _length(sizes.args[0])
         cut = sizes.args[1]
         if whole is None or not (isinstance(cut, Node) and cut.op == "slice"):
             return None
