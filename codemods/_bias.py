@@ -328,21 +328,25 @@ def _in_mask(code: Code, parts: Parts, contexts: Sequence[tuple[Attention, bool]
     attached = parts.attach(
         Anchor(node, first.frame.function, tuple(held), Part(query, -2, -1), Part(key, -2, -1)), arguments
     )
-    if attached.optional or attached.test:
+    if attached.optional or (attached.test and not attached.is_chosen):
         raise Cannot("this SDPA call also serves another sequence", place(first))
     text = f"{attached.text}.attn_mask({query.id}, {key.id}"
     source = first.frame.scope.source
     mask, causal = given.get("attn_mask"), given.get("is_causal")
     text += f", {source.code(mask)}" if mask is not None else ""
-    text += f", is_causal={source.code(causal)}" if causal is not None else ""
-    edits: list[Edit] = []
+    text += f", is_causal={source.code(causal)})" if causal is not None else ")"
+    path, edits, test = first.frame.path, list[Edit](), attached.test
+    if test:  # both calls in one: what the mask holds then, `is_causal` must not say too
+        text = f"{text} if {test} else {source.code(mask) if mask is not None else None}"
     for keyword in node.keywords:
-        if keyword.arg == "is_causal" or (keyword.arg == "attn_mask" and mask is None):
-            edits.append(Delete(first.frame.path, keyword))
+        if keyword.arg == "is_causal" and test:
+            edits.append(Replace(path, keyword.value, f"$0 and not ({test})", (keyword.value,)))
+        elif keyword.arg == "is_causal" or (keyword.arg == "attn_mask" and mask is None):
+            edits.append(Delete(path, keyword))
     if mask is not None:
-        edits.append(Replace(first.frame.path, mask, text + ")"))
+        edits.append(Replace(path, mask, text))
     else:
-        edits.append(AddArgument(first.frame.path, node, text + ")", "attn_mask"))
+        edits.append(AddArgument(path, node, text, "attn_mask"))
     return edits
 
 

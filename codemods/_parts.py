@@ -22,6 +22,7 @@ class Attached:
     text: str
     test: str = ""
     optional: bool = False  # an instance that was not asked for it holds None
+    is_chosen: bool = False  # the test asks what the caller wants, not which sequence this is
 
 
 class Parts:

@@ -1,8 +1,8 @@
-"""Along which axis time runs in query, key and value, if they are made of a stream [batch, time, features]."""
+"""Along which axis time runs in what attention works on, if it is made of a stream [batch, time, features]."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from modernizer.graph.containers import slice_bounds
@@ -15,14 +15,14 @@ _KEPT = IDENTITY | frozenset("mul div neg rotary layer_norm rms_norm expand repe
 _SPLITS = frozenset("chunk split tensor_split".split())
 
 
-class _Time(NamedTuple):
+class Time(NamedTuple):
     """The axis of time, of so many axes."""
 
     place: int
     axes: int
 
 
-_START = _Time(1, 3)
+START = Time(1, 3)
 
 
 def attends_over_time(context: Attention) -> bool:
@@ -42,29 +42,34 @@ def attends_over_time(context: Attention) -> bool:
 def _fits(operand: Operand, projections: Sequence[Node]) -> bool:
     if not projections or any(p.op != "linear" for p in projections):
         return False
-    time = _time(operand.value, {id(p) for p in projections})
+    time = time_of(operand.value, {id(p): START for p in projections})
     return time is not None and time.place - time.axes == operand.time_axis
 
 
-def _time(value: Value, ends: set[int], depth: int = 0) -> _Time | None:
-    """Where time is; None where that cannot be told, or more than the order of axes has changed."""
+def time_of(value: Value, known: Mapping[int, Time], depth: int = 0) -> Time | None:
+    """Where time is, told from the data of which it is known, by id; None where that cannot be told, or more than the
+    order of axes has changed."""
     if isinstance(value, Many):
-        return _common([_time(item, ends, depth + 1) for item in value.items])
+        return _common([time_of(item, known, depth + 1) for item in value.items])
     if not isinstance(value, Node) or depth > 40:
         return None
-    if id(value) in ends:
-        return _START
+    if id(value) in known:
+        return known[id(value)]
     if value.op == "merge":
-        return _common([_time(option, ends, depth + 1) for option in value.args if not is_none(option)])
-    before = _time(value.args[0], ends, depth + 1) if value.args else None
+        return _common([time_of(option, known, depth + 1) for option in value.args if not is_none(option)])
+    if value.op == "cat":
+        parts = time_of(value.args[0], known, depth + 1) if isinstance(value.args[0], Many) else None
+        is_wider = parts is not None and _axis(value, _numbers(value)[-1:], 0) in (-1, parts.axes - 1)
+        return parts if is_wider else None
+    before = time_of(value.args[0], known, depth + 1) if value.args else None
     return None if before is None else _after(value, before)
 
 
-def _common(found: Sequence[_Time | None]) -> _Time | None:
+def _common(found: Sequence[Time | None]) -> Time | None:
     return found[0] if found and all(one == found[0] for one in found) else None
 
 
-def _after(node: Node, time: _Time) -> _Time | None:
+def _after(node: Node, time: Time) -> Time | None:
     """Where time is after one operation."""
     if node.op in _KEPT:
         return time
@@ -80,7 +85,11 @@ def _after(node: Node, time: _Time) -> _Time | None:
     if node.op == "unflatten":
         sizes = node.args[2] if len(node.args) > 2 else None
         is_last = isinstance(sizes, Many) and bool(numbers) and numbers[0] in (-1, time.axes - 1)
-        return _Time(time.place, time.axes - 1 + len(sizes.items)) if is_last and isinstance(sizes, Many) else None
+        return Time(time.place, time.axes - 1 + len(sizes.items)) if is_last and isinstance(sizes, Many) else None
+    if node.op == "flatten":
+        start, end = [*numbers, *(0, -1)[len(numbers) :]] if len(numbers) <= 2 and not node.kwargs else (0, 0)
+        is_last = end in (-1, time.axes - 1) and start % time.axes > time.place
+        return Time(time.place, start % time.axes + 1) if is_last else None
     if node.op == "rearrange":
         return _rearranged(node, time)
     if node.op in _SPLITS:  # of the features: query, key and value side by side
@@ -104,16 +113,20 @@ def _numbers(node: Node) -> list[int]:
     return [v.value for v in parts if isinstance(v, Const) and type(v.value) is int]
 
 
-def _viewed(node: Node, time: _Time) -> _Time | None:
+def _viewed(node: Node, time: Time) -> Time | None:
     """A view that splits the features, or one that folds heads into the batch, which is then the first of three."""
     split, after = _split_last(node), rank(node)
     if split:
-        return _Time(time.place, time.axes - 1 + split) if time.place < time.axes - 1 else None
+        return Time(time.place, time.axes - 1 + split) if time.place < time.axes - 1 else None
     if after is None:
         return None
-    if time == _START:
-        return None if _is_folded(node) else _Time(1, after)
-    return _START if time == (2, 4) and after == 3 else None
+    if time == START:
+        return None if _is_folded(node) else Time(1, after)
+    if time == (1, 4) and after == 3:  # heads side by side; a first size of -1 would take time into the batch
+        sizes = _sizes(node)
+        is_kept = not _is_folded(node) and not (isinstance(sizes[0], Const) and sizes[0].value == -1)
+        return START if is_kept else None
+    return START if time == (2, 4) and after == 3 else None
 
 
 def _split_last(view: Node) -> int:
@@ -136,18 +149,21 @@ def _split_last(view: Node) -> int:
 
 def _is_folded(view: Node) -> bool:
     """Whether a size of batch or time is computed: these are not the stream's own."""
-    sizes = [v for a in view.args[1:] for v in (a.items if isinstance(a, Many) else [a])]
-    return any(isinstance(size, Node) and size.op in ("mul", "floordiv", "div") for size in sizes[:2])
+    return any(isinstance(size, Node) and size.op in ("mul", "floordiv", "div") for size in _sizes(view)[:2])
 
 
-def _rearranged(node: Node, time: _Time) -> _Time | None:
+def _sizes(view: Node) -> list[Value]:
+    return [v for a in view.args[1:] for v in (a.items if isinstance(a, Many) else [a])]
+
+
+def _rearranged(node: Node, time: Time) -> Time | None:
     pattern = node.args[1].value if len(node.args) > 1 and isinstance(node.args[1], Const) else None
     if not isinstance(pattern, str) or pattern.count("->") != 1:
         return None
     left, right = (_axes(side) for side in pattern.split("->"))
     if len(left) != time.axes or len(left[time.place]) != 1 or left[time.place] not in right:
         return None
-    return _Time(right.index(left[time.place]), len(right))
+    return Time(right.index(left[time.place]), len(right))
 
 
 def _axes(side: str) -> list[list[str]]:
@@ -166,7 +182,7 @@ def _axes(side: str) -> list[list[str]]:
     return found
 
 
-def _picked(node: Node, time: _Time) -> _Time | None:
+def _picked(node: Node, time: Time) -> Time | None:
     """One of several parts, or `qkv[0]`."""
     whole = node.args[0]
     if isinstance(whole, Many) or (isinstance(whole, Node) and whole.op in (*_SPLITS, "unbind")):
@@ -176,8 +192,8 @@ def _picked(node: Node, time: _Time) -> _Time | None:
     return _without(0, time) if is_one or node.op == "iter" else None
 
 
-def _without(axis: object, time: _Time) -> _Time | None:
+def _without(axis: object, time: Time) -> Time | None:
     """Where time is once another axis is gone."""
     if type(axis) is not int or axis % time.axes == time.place:
         return None
-    return _Time(time.place - (axis % time.axes < time.place), time.axes - 1)
+    return Time(time.place - (axis % time.axes < time.place), time.axes - 1)

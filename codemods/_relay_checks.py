@@ -36,14 +36,14 @@ def check(model: ModelMap, context: Attention, residual: Residual, causal: bool)
         raise Refused("this attention is inside one of torch's layers, and there is no place after it")
     if context.kind != "self":
         raise Refused("query and key are not surely made of one sequence")
-    if _joins(context):
+    if joins_others(context):
         raise Refused("keys are joined with others (a cache or memory), which a relay would not see")
     if not (attends_over_time(context) and _has_three_axes(context, residual) and _stays(model, context, residual)):
         raise Refused(
             "it cannot be told that the stream is [batch, time, features] and attended to as a whole along its time",
             "a relay mixes the tokens of such a stream, all of them",
         )
-    masks = list(_masks(context))
+    masks = list(masks_of(context))
     if not masks and causal:
         raise Refused(
             "this attention is not masked, and a causal relay says nothing to its first token", "leave --causal out"
@@ -53,7 +53,7 @@ def check(model: ModelMap, context: Attention, residual: Residual, causal: bool)
             "this attention is masked, and a relay would let tokens see what the mask hides",
             "for a causal model give --causal: tokens then read earlier ones only",
         )
-    if not all(_is_causal(mask) for mask in masks):
+    if not all(is_causal_mask(mask) for mask in masks):
         raise Refused("its mask is not only causal (padding, or made by the caller), and a relay takes none")
 
 
@@ -69,7 +69,7 @@ def _reads(context: Attention) -> list[Value]:
     return [p.args[0] for p in _projections(context)] or [context.query, context.key, context.value]
 
 
-def _joins(context: Attention) -> bool:
+def joins_others(context: Attention) -> bool:
     """Whether others are put beside keys or values between their projections and the product."""
     ends = {id(p) for p in _projections(context)}
     parts = (ancestors(v, lambda n: id(n) in ends or n.op in SHAPES) for v in (context.key, context.value))
@@ -96,7 +96,7 @@ def _stays(model: ModelMap, context: Attention, residual: Residual) -> bool:
 # -- what is hidden
 
 
-def _masks(context: Attention) -> Iterator[Value | None]:
+def masks_of(context: Attention) -> Iterator[Value | None]:
     """Everything that hides scores or weights; None for what is causal by its name."""
     for step in context.steps:
         yield from _hidden_by(step)
@@ -137,7 +137,7 @@ def _is_number_or_bias(value: Value) -> bool:
     return is_learned and not any(n.op in _OPEN or n.op in hides for n in made)
 
 
-def _is_causal(mask: Value | None) -> bool:
+def is_causal_mask(mask: Value | None) -> bool:
     """Whether a mask is made of one triangle and of nothing that is given from outside."""
     if mask is None:
         return True

@@ -446,7 +446,12 @@ def on_the_way(value: Value, projections: Sequence[Node]) -> Iterator[Node]:
 
 
 def _outside_comparisons(value: Value) -> dict[int, Node]:
-    return ancestors(value, lambda n: n.op in COMPARISONS or n.op in SHAPES)
+    return ancestors(value, lambda n: n.op in COMPARISONS or n.op in SHAPES or _is_kind(n))
+
+
+def _is_kind(node: Node) -> bool:
+    """Whether only the place or the type of another datum is asked for."""
+    return node.op == "attr" and node.name in ("device", "dtype")
 
 
 def _asks_alibi(node: Node) -> bool:

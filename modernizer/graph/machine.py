@@ -155,7 +155,8 @@ class Machine:
 
     def join(self, frame: Frame, outcomes: Sequence[Outcome], at: ast.AST | None) -> None:
         """Continues after alternatives: what they agree on stays, the rest is merged. Raises Dead where all ended."""
-        for key in {key for outcome in outcomes for key in outcome.writes}:
+        # Each outcome holds the last write first; attributes keep the order in which they were made.
+        for key in dict.fromkeys(key for outcome in outcomes for key in reversed(outcome.writes)):
             self._join_write(frame, outcomes, key, at)
         alive = [o for o in outcomes if o.alive]
         if not alive:

@@ -88,6 +88,8 @@ def _move(step: Step, prefix: str, shapes: Mapping[str, Shape]) -> Move | None:
 
 
 def _joined(step: Concat, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[int, ...]:
+    if len(old) == 1 and not step.sizes:  # a rename, of numbers too
+        return ()
     first = shapes[old[0]]
     for name in old:
         shape = shapes[name]
@@ -104,6 +106,8 @@ def _joined(step: Concat, old: Sequence[str], shapes: Mapping[str, Shape]) -> tu
 
 
 def _cut(step: Split, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[int, ...]:
+    if len(step.new) == 1 and not step.sizes:
+        return ()
     shape = shapes[old[0]]
     if len(shape) <= step.axis:
         raise MapError(f"{old[0]}: of shape {list(shape)}, which has no axis {step.axis}")

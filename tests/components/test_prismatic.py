@@ -255,6 +255,26 @@ def test_a_layer_that_positions_do_not_lead_is_told() -> None:
     assert module.routing.weights is None
 
 
+def test_what_is_made_afterwards_is_made_as_without_it() -> None:
+    def build(wrap: bool) -> nn.Module:
+        torch.manual_seed(3)
+        attention = SelfAttention(16, 4).double()
+        return nn.Sequential(Prismatic(attention, 2) if wrap else attention, nn.Linear(16, 16).double())
+
+    plain, routed, x = build(False), build(True), rand(2, 5, 16)
+    assert torch.equal(plain(x), routed.eval()(x))
+    first, second = (build(True)[0].expert.qkv.down_weight for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, made(2).expert.qkv.down_weight)
+
+
+def test_the_input_may_come_by_its_name() -> None:
+    module, x = stepped(made(2, BOTH)), rand(2, 6, 16)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    assert torch.equal(module(attn_mask=mask, x=x), module(x, mask))
+    with pytest.raises(TypeError, match="first argument, x, not NoneType"):
+        module(attn_mask=mask)
+
+
 def test_threads_do_not_see_each_others_routing() -> None:
     module, inputs = stepped(made(4, BOTH)), [rand(2, 4 + i, 16) for i in range(4)]
     meeting, inner = threading.Barrier(4, timeout=60), module.expert.mixed

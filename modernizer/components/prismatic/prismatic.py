@@ -35,7 +35,8 @@ class Prismatic(nn.Module):
 
     In the default form position t routes by the mean of the inputs up to t, multiplies by ``W + sum_i p_i(t) up_i.T
     down_i``, and adds up the outputs of the distinct operations by their total weight: no position sees a later one, no
-    row another, and the router has a gradient. With one architecture it is exactly ``expert`` at first.
+    row another, and the router has a gradient. With one architecture it is exactly ``expert`` at first. What is made
+    after it gets the random weights that it would have had without it.
 
     Args:
         expert: the module to start from, which becomes a part of this one; or a function that makes one, called once
@@ -80,13 +81,17 @@ class Prismatic(nn.Module):
         )  # fmt: skip
         self.batch_first = batch_first
         self.routing = Routing()
-        self.expert, width = self._with_experts(expert)
+        parts = self._parts(expert)
+        with _apart(next(parts[0].parameters()).device):
+            width = self._put_experts(parts)
+            self.router = Router(embed_dim or width, num_experts, routing=routing, noise=noise, dropout=dropout)
+        self.expert = parts[0]
         cycle = self.settings.architectures
         kinds = [cycle[i % len(cycle)] for i in range(num_experts)] if cycle else []
         self.operations = tuple(dict.fromkeys(kinds))  # fewer than asked for where the cycle is longer than N
         self._numbers = [self.operations.index(kind) for kind in kinds]
         _check_operations(self.expert, self.operations)
-        self.router = Router(embed_dim or width, num_experts, routing=routing, noise=noise, dropout=dropout)
+        self._input = next(iter(inspect.signature(self.expert.forward).parameters), "x")
         parameter = next(self.expert.parameters())
         self.router.to(device=parameter.device, dtype=parameter.dtype)
         self.balance: Tensor | None = None
@@ -111,13 +116,17 @@ class Prismatic(nn.Module):
         made = settings if isinstance(settings, PrismaticSettings) else PrismaticSettings.from_dict(settings)
         return cls(expert, **{name: getattr(made, name) for name in made.__dataclass_fields__}, **others)
 
-    def forward(self, x: Tensor, /, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """What the expert returns for ``(x, *args, **kwargs)``; with several architectures that must be a tensor.
+    def forward(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """What the expert returns for ``(*args, **kwargs)``; with several architectures that must be a tensor.
 
         Args:
-            x: ``[batch, time, embed_dim]``, or time first where ``batch_first`` is False.
+            args, kwargs: the expert's own arguments. The first of its parameters is what is routed,
+                ``[batch, time, embed_dim]``, or time first where ``batch_first`` is False.
             padding_mask: boolean ``[batch, time]``, True at real positions: others do not enter the router.
         """
+        x, args = (args[0], args[1:]) if args else (kwargs.pop(self._input, None), ())
+        if not isinstance(x, Tensor):
+            raise TypeError(f"the router needs a tensor as the first argument, {self._input}, not {type(x).__name__}")
         if x.dim() != 3:
             raise ValueError(f"the router needs an input of [batch, time, embed_dim], not {tuple(x.shape)}")
         if self._decoding == "frozen":
@@ -183,15 +192,21 @@ class Prismatic(nn.Module):
         # What the last call left behind belongs to it: it may hold a graph, which cannot be copied.
         return {**self.__dict__, "balance": None, "_weights": None}
 
-    def _with_experts(self, expert: nn.Module | Callable[[], nn.Module]) -> tuple[nn.Module, int]:
+    def _parts(self, expert: nn.Module | Callable[[], nn.Module]) -> list[nn.Module]:
+        """The module to start from, and those of the other experts where each is made by itself."""
+        if isinstance(expert, nn.Module):
+            made = [expert]
+        else:
+            made = [expert() for _ in range(self.settings.num_experts if self.settings.rank is None else 1)]
+        if not list(_paths(made[0])):
+            raise ValueError(f"{type(made[0]).__name__} has no plain nn.Linear below it that experts could differ in")
+        return made
+
+    def _put_experts(self, parts: Sequence[nn.Module]) -> int:
+        """Gives the first of the parts layers of experts; returns the width of its first layer's input."""
         count, rank = self.settings.num_experts, self.settings.rank
-        base = expert if isinstance(expert, nn.Module) else expert()
-        others = []
-        if rank is None and not isinstance(expert, nn.Module):
-            others = [dict(_paths(expert())) for _ in range(count - 1)]
+        base, others = parts[0], [dict(_paths(part)) for part in parts[1:]]
         paths = list(_paths(base))
-        if not paths:
-            raise ValueError(f"{type(base).__name__} has no plain nn.Linear below it that experts could differ in")
         made: dict[nn.Module, nn.Module] = {}
         for path, linear in paths:
             if linear not in made:
@@ -202,7 +217,7 @@ class Prismatic(nn.Module):
                 ).train(linear.training)
         for owner, name, linear in list(linear_layers(base)):
             setattr(owner, name, made[linear])
-        return base, paths[0][1].in_features
+        return paths[0][1].in_features
 
     def _run(self, weights: Tensor, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not self.operations:
@@ -278,6 +293,20 @@ def prismatic_metrics(model: nn.Module) -> dict[str, float]:
     found = [metrics for m in model.modules() if isinstance(m, Prismatic) and (metrics := m.metrics())]
     names = dict.fromkeys(name for metrics in found for name in metrics)
     return {name: sum(v) / len(v) for name in names if (v := [m[name] for m in found if name in m])}
+
+
+@contextlib.contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Draws random numbers that leave later ones as they would be: with a seed, the model around the experts is made
+    with the weights that it would have without them."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _paths(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
