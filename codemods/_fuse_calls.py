@@ -14,7 +14,7 @@ from modernizer.edit import Delete, Edit, Insert, Replace
 from modernizer.graph.machine import Machine
 from modernizer.graph.query import base, strip_views
 from modernizer.graph.values import Node, Value
-from modernizer.source import SourceFile
+from modernizer.source import Location, SourceFile
 from modernizer.syntax import below, block_of, free_name, names_in, outward
 
 PRODUCTS = frozenset({"linear", "einsum", "matmul"})
@@ -146,22 +146,28 @@ def _look_at_runs(site: Site, machine: Machine) -> None:
             results.setdefault(id(frame), []).append((index, value, given))
             needed[index] = max(needed[index], copies_needed(value), key=["", "contiguous", "clone"].index)
     for run in results.values():
-        _check_run(site, machine, [node for _, node, _ in run], [given for _, _, given in run])
+        at = site.source.location(site.calls.calls[0])
+        check_run([node for _, node, _ in run], [given for _, _, given in run], machine, at)
         inputs = {index: given for index, _, given in run}
         neighbours = [inputs.get(i) for i in range(len(needed))]
-        site.shares |= any(a is not None and a is b for a, b in pairwise(neighbours))
+        site.shares |= any(may_be_one(a, b) for a, b in pairwise(neighbours))
     site.shares |= site.one_input
     site.copies = needed
 
 
-def _check_run(site: Site, machine: Machine, products: Sequence[Node], inputs: Sequence[Value]) -> None:
-    """Between the first product and the last, nothing may change an input in place."""
+def may_be_one(a: Value | None, b: Value | None) -> bool:
+    """Whether two inputs are one tensor, or may be: arguments of a model that nobody calls here."""
+    are_open = all(isinstance(value, Node) and value.op == "input" for value in (a, b))
+    return a is not None and (a is b or are_open)
+
+
+def check_run(products: Sequence[Node], inputs: Sequence[Value], machine: Machine, at: Location) -> None:
+    """Raises Cannot where something changes an input in place between the first product and the last."""
     orders = [node.order for node in products]
     roots = {id(root) for given in inputs for root in _memory(given)}
     for node in machine.nodes[min(orders) : max(orders)]:
         if changes_in_place(node) and node.args and any(id(root) in roots for root in _memory(node.args[0])):
-            raise Cannot("an input of its layers is changed in place between their calls",
-                         site.source.location(site.calls.calls[0]))  # fmt: skip
+            raise Cannot("an input of its layers is changed in place between their calls", at)
 
 
 def _memory(value: Value) -> list[Value]:
@@ -284,4 +290,4 @@ def _gone(site: Site, names: Sequence[str], copies: Sequence[str]) -> set[ast.st
     return gone
 
 
-__all__ = ["Site", "join_calls", "joint_call", "products_site", "read_site"]
+__all__ = ["Site", "check_run", "join_calls", "joint_call", "may_be_one", "products_site", "read_site"]

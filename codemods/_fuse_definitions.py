@@ -10,7 +10,7 @@ from codemods._fuse_families import Cannot, Family
 from modernizer.graph.query import same_size
 from modernizer.graph.torch_api import SIGNATURES
 from modernizer.graph.values import Class, Const, Value
-from modernizer.source import SourceFile
+from modernizer.source import Location, SourceFile
 from modernizer.syntax import block_of, function_of
 
 
@@ -75,7 +75,7 @@ def read_definition(family: Family) -> Definition:
     own = init.args.args[0].arg if init.args.args else ""
     if receivers != {own}:
         raise Cannot("its layers are not attributes of one object", family.location)
-    arguments = [_arguments(call, family) for call in family.calls]
+    arguments = [linear_arguments(call, family.location) for call in family.calls]
     made = Definition(family, source, owner, init, own, statements, names, arguments)
     _check_made_alike(made)
     _check_instances(made)
@@ -84,7 +84,7 @@ def read_definition(family: Family) -> Definition:
 
 def differing(family: Family, name: str) -> bool:
     """Whether the layers of a family differ in an argument, or may."""
-    given = [_arguments(call, family).get(name) for call in family.calls]
+    given = [linear_arguments(call, family.location).get(name) for call in family.calls]
     if len({ast.dump(g) if g is not None else "" for g in given}) == 1:
         return False
     default: Value = Const(True) if name == "bias" else Const(None)
@@ -95,13 +95,14 @@ def differing(family: Family, name: str) -> bool:
     return False
 
 
-def _arguments(call: ast.Call, family: Family) -> dict[str, ast.expr]:
+def linear_arguments(call: ast.Call, at: Location) -> dict[str, ast.expr]:
+    """The arguments of a linear layer's constructor by torch's names; raises Cannot where they are not written out."""
     signature = SIGNATURES["Linear"]
     if any(isinstance(part, ast.Starred) for part in call.args) or any(k.arg is None for k in call.keywords):
-        raise Cannot("the arguments of its layers are not written out", family.location)
+        raise Cannot("the arguments of its layers are not written out", at)
     given = dict(zip(signature, call.args, strict=False)) | {k.arg: k.value for k in call.keywords if k.arg}
     if not {"in_features", "out_features"} <= given.keys() <= set(signature):
-        raise Cannot("the arguments of its layers are not those of torch's", family.location)
+        raise Cannot("the arguments of its layers are not those of torch's", at)
     return given
 
 
@@ -145,4 +146,4 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
-__all__ = ["Definition", "differing", "read_definition"]
+__all__ = ["Definition", "differing", "linear_arguments", "read_definition"]

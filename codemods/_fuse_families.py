@@ -81,19 +81,42 @@ class Bare:
         return Bare(self.products[1:], self.location)
 
 
+@dataclass(eq=False)
+class LayerList:
+    """Layers of query, key and value that are items of one list, the attribute `name` of a module."""
+
+    name: str
+    modules: list[Module]  # the lists
+    contexts: list[Attention]
+    location: Location
+
+    @property
+    def owners(self) -> list[Module]:
+        """The modules whose attribute it is."""
+        return [module.owner for module in self.modules if module.owner is not None]
+
+    @property
+    def classes(self) -> list[ast.ClassDef]:
+        """The classes of those, and what they derive from."""
+        mro = [cls for owner in self.owners if owner.cls for cls in owner.cls.mro]
+        return list(dict.fromkeys(cls.node for cls in mro if isinstance(cls, Class)))
+
+
 @dataclass
 class Found:
     """What the attentions of a program say about their projections."""
 
     families: list[Family] = field(default_factory=list)
     bare: list[Bare] = field(default_factory=list)
+    lists: list[LayerList] = field(default_factory=list)
     modern: list[Modern] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
     @property
     def places(self) -> list[Location]:
         """Where projections are separate."""
-        return [family.location for family in self.families] + [bare.location for bare in self.bare]
+        places = [family.location for family in self.families] + [bare.location for bare in self.bare]
+        return places + [listed.location for listed in self.lists]
 
 
 def find_families(model: ModelMap) -> Found:
@@ -101,6 +124,7 @@ def find_families(model: ModelMap) -> Found:
     found = Found()
     families: dict[tuple[ast.Call, ...], Family] = {}
     bare: dict[tuple[frozenset[ast.AST | None], ...], list[Attention]] = defaultdict(list)
+    lists: dict[tuple[str, ast.ClassDef], LayerList] = {}
     unclear: list[tuple[Attention, Cannot]] = []
     made: dict[ast.AST, list[Module]] = defaultdict(list)
     for module in model.graph.machine.modules:
@@ -114,6 +138,16 @@ def find_families(model: ModelMap) -> Found:
             if not reason and all(nodes and not any(n.module for n in nodes) for nodes in _projections(context)):
                 bare[tuple(frozenset(n.node for n in nodes) for nodes in _projections(context))].append(context)
                 continue
+            listed = None if reason else _list_of(context)
+            if listed is not None:
+                assert context.scores.node is not None and listed.owner is not None and listed.owner.cls is not None
+                scored = location(context.scores.node, context.frame)
+                key = (listed.name, listed.owner.cls.node)
+                group = lists.setdefault(key, LayerList(listed.name, [], [], scored))
+                group.contexts.append(context)
+                if listed not in group.modules:
+                    group.modules.append(listed)
+                continue
             try:
                 calls = () if reason else _constructors(context)
             except Cannot as cannot:
@@ -122,7 +156,7 @@ def find_families(model: ModelMap) -> Found:
             if calls:
                 family = families.setdefault(calls, Family(calls, tuple(made[call] for call in calls)))
                 family.contexts.append(context)
-    found.families = list(families.values())
+    found.families, found.lists = list(families.values()), list(lists.values())
     for contexts in bare.values():
         rows = zip(*map(_projections, contexts), strict=True)
         products = tuple([node for nodes in row for node in nodes] for row in rows)
@@ -143,6 +177,23 @@ def _projections(context: Attention) -> tuple[Sequence[Node], Sequence[Node], Se
     return context.query_projections, context.key_projections, context.value_projections
 
 
+def _is_one_of_many(node: Node) -> bool:
+    """Whether a layer is an item of a list of unknown length."""
+    owner = node.module.owner if node.module is not None else None
+    return owner is not None and owner.children is not None and owner.children.open
+
+
+def _list_of(context: Attention) -> Module | None:
+    """The list, an attribute of a module of the project, that holds all three layers."""
+    owners = {node.module.owner if node.module else None for nodes in _projections(context) for node in nodes}
+    (owner,) = owners if len(owners) == 1 else (None,)
+    if owner is None or not all(_projections(context)) or not is_torch(owner, "ModuleList"):
+        return None
+    if owner.children is None or owner.children.open:
+        return None
+    return owner if owner.owner is not None and owner.owner.cls is not None else None
+
+
 def _layers(context: Attention) -> set[ast.AST | None]:
     return {_maker(node) for nodes in _projections(context) for node in nodes if node.module}
 
@@ -156,6 +207,8 @@ def _why_modern(context: Attention) -> str:
     """Why there is nothing to fuse, '' where there may be."""
     if context.form in MODERN_FORMS:
         return MODERN_FORMS[context.form]
+    if any(_is_one_of_many(node) for nodes in _projections(context) for node in nodes):
+        return ""
     query, key, value = ({node.module or node.node for node in nodes} for nodes in _projections(context))
     if query == key == value and len(query) == 1:
         return "query, key and value come out of one projection"
@@ -173,6 +226,8 @@ def _constructors(context: Attention) -> tuple[ast.Call, ...]:
             raise Cannot(f"where its {role} is projected cannot be told", at)
         if any(node.module is None for node in nodes):
             raise Cannot(f"its {role} is the product with a bare parameter, not the output of a layer", at)
+        if any(_is_one_of_many(node) for node in nodes):
+            raise Cannot(f"which layer of its list makes its {role} cannot be told", at)
         makers = {_maker(node) for node in nodes}
         if len(makers) > 1:
             raise Cannot(f"its {role} is made of several projections", at)
@@ -199,4 +254,4 @@ def _other_kind(node: Node) -> str:
     return "a convolution" if node.op.startswith("conv") else module.class_name
 
 
-__all__ = ["ROLES", "Bare", "Cannot", "DifferentInputs", "Family", "Found", "find_families"]
+__all__ = ["ROLES", "Bare", "Cannot", "DifferentInputs", "Family", "Found", "LayerList", "find_families"]

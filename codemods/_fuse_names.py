@@ -12,9 +12,13 @@ from modernizer.syntax import every_node, free_name, mentions
 
 
 def joint_name(
-    names: Sequence[str], project: Project, taken: Collection[str] = (), suffixes: Sequence[str] = ()
+    names: Sequence[str],
+    project: Project,
+    taken: Collection[str] = (),
+    suffixes: Sequence[str] = (),
+    wanted: str = "qkv",
 ) -> str:
-    """`w_q`, `w_k` and `w_v` give `w_qkv`; `key` and `value` give `kv`.
+    """`w_q`, `w_k` and `w_v` give `w_qkv`; `key` and `value` give `kv`, no names at all give `wanted`.
 
     A name that the program uses for anything in a class is not given, nor one that would be with one of the
     `suffixes`: whoever reads a checkpoint backwards must be able to tell the joint layers by it.
@@ -28,7 +32,7 @@ def joint_name(
             if isinstance(node, ast.ClassDef):
                 used |= {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
     used |= {name.removesuffix(suffix) for name in used for suffix in suffixes}
-    return free_name(_wanted(names), used)
+    return free_name(_wanted(names) if names else wanted, used)
 
 
 def _wanted(names: Sequence[str]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from codemods._fuse_calls import Site, join_calls, joint_call, read_site
 from codemods._fuse_definitions import Definition, differing, read_definition
-from codemods._fuse_families import Bare, Cannot, DifferentInputs, Family, find_families
+from codemods._fuse_families import Bare, Cannot, DifferentInputs, Family, LayerList, find_families
+from codemods._fuse_lists import PARTS, Layers, layer_edits, read_layers
 from codemods._fuse_names import joint_name
 from codemods._fuse_parameters import Tensors, joint_product, read_tensors, size_edits, tensor_edits
 from codemods._fuse_uses import Uses
@@ -89,7 +90,57 @@ class _Planner:
             except Cannot as cannot:
                 plan.refusals.append(Refusal(at, cannot.reason, cannot.hint))
         self._plan_parameters(found.bare, plan)
+        self._plan_lists(found.lists, plan)
         return plan
+
+    def _plan_lists(self, found: Sequence[LayerList], plan: Plan) -> None:
+        groups: dict[str, list[Layers]] = defaultdict(list)
+        for listed in found:
+            try:
+                made = read_layers(listed, self.uses)
+                if not any(made.statement is other.statement for other in groups[listed.name]):
+                    groups[listed.name].append(made)
+            except Cannot as cannot:
+                plan.refusals.append(Refusal(listed.location, cannot.reason, cannot.hint))
+        for name, members in groups.items():
+            try:
+                self._check_alone([name], {made.owner for made in members})
+                plan.upgrades.append(self._upgrade_lists(name, members))
+            except Cannot as cannot:
+                at = members[0].listed.location
+                plan.refusals.append(Refusal(at, cannot.reason, cannot.hint))
+
+    def _upgrade_lists(self, name: str, members: Sequence[Layers]) -> Upgrade:
+        if len({made.count for made in members}) > 1:
+            raise Cannot(f"the lists `{name}` of several classes are not equally long")
+        attribute = joint_name((), self.project, self.taken)
+        self.taken.add(attribute)
+        rest = joint_name((), self.project, self.taken, wanted="out")
+        self.taken.add(rest)
+        edits: list[Edit] = []
+        for made in members:
+            self.uses.check_program(made.plain)
+            reference, added = Imports(made.source).reference(FUSED, made.init)
+            if made.plain:
+                reference, added = made.source.code(made.maker.func), None
+            edits += [added] if added is not None else []
+            edits += layer_edits(made, attribute, rest, reference)
+        owners = ", ".join(dict.fromkeys(made.owner.name for made in members))
+        steps = []
+        for kind, has in (("weight", {True}), ("bias", {made.has_bias for made in members})):
+            if has == {False}:
+                continue
+            parts = tuple(f"{name}.{index}.{kind}" for index in range(PARTS))
+            steps.append(Concat(parts, f"{attribute}.{kind}", optional=has != {True}))
+            if members[0].count > PARTS:
+                steps.append(Concat((f"{name}.{PARTS}.{kind}",), f"{rest}.{kind}", optional=has != {True}))
+        return Upgrade(
+            members[0].listed.location,
+            f"the first three layers of `{name}` of {owners} become one projection, `{attribute}`",
+            tuple(edits),
+            tuple(self._notes([rf"{name}.{index}" for index in range(members[0].count)])),
+            WeightMap.of(Group(owners, tuple(steps))),
+        )
 
     def _plan_parameters(self, found: Sequence[Bare], plan: Plan) -> None:
         groups: dict[tuple[str, ...], list[Tensors]] = defaultdict(list)

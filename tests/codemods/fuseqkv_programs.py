@@ -255,7 +255,43 @@ k = torch.matmul(x, self.wk).view(b, t, self.heads, -1).transpose(1, 2)
 v = (x @ self.wv).view(b, t, self.heads, -1).transpose(1, 2)
 """
 
+LISTED = BOTH.replace("        self.out = nn.Linear(dim, dim)\n", "").replace("self.out(", "self.layers[-1](")
+COPIES = """
+
+def copies(layer, count):
+    return nn.ModuleList([copy.deepcopy(layer) for _ in range(count)])
+
+"""
+FOUR = "self.layers = copies(nn.Linear(dim, dim), 4)"
+LOOP = """
+q, k, v = [layer(x).view(b, -1, self.heads, width).transpose(1, 2)
+           for layer, x in zip(self.layers, (query, key, value))]
+"""
+THREE = "self.layers = nn.ModuleList([nn.Linear(dim, dim, bias=False) for _ in range(3)])"
+
+
+def listed(layers: str, calls: str, program: str = LISTED) -> str:
+    return own(layers, calls, "import copy\n" + COPIES + program)
+
+
 FORMS = {
+    "a list of four copies": listed(FOUR, LOOP),
+    "a list of three": listed(THREE, LOOP, BOTH),
+    "a list by its places": listed(
+        FOUR,
+        "q = self.layers[0](query).view(b, -1, self.heads, width).transpose(1, 2)\n"
+        "k = self.layers[1](key).view(b, -1, self.heads, width).transpose(1, 2)\n"
+        "v = self.layers[-2](value).view(b, -1, self.heads, width).transpose(1, 2)"),
+    "a list gone through with its inputs": listed(
+        FOUR,
+        "q, k, v = (layer(x).view(x.size(0), x.size(1), self.heads, -1).transpose(1, 2)\n"
+        "           for x, layer in zip([query, key, value], self.layers))"),
+    "a list of one input": listed(
+        THREE, "q, k, v = (f(y).reshape(b, -1, self.heads, width).transpose(1, 2)\n"
+               "           for f, y in zip(self.layers, (query, query, query)))",
+        BOTH.replace("self.cross(x, memory, memory)", "self.cross(memory, memory, memory).mean()")),
+    "a list in any order": listed(FOUR, LOOP.replace("q, k, v =", "v, q, k =").replace("query, key, value", "value, query, key")),
+    "a list whose products change in place": listed(FOUR, LOOP.replace("layer(x)", "layer(x).mul_(2)")),
     "plain": own(),
     "no bias": own(LAYERS.replace("dim, dim)", "dim, dim, bias=False)")),
     "one line": own(LAYERS, "q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))"),
@@ -380,6 +416,26 @@ REFUSED = {
         own(FLAT.replace("torch.randn(dim, dim) * 0.1", "torch.eye(dim) @ torch.randn(dim, dim)"),
             FLAT_CALLS.replace("torch.matmul(x, self.wk)", "(x @ self.wk)"), BARE),
         "cannot be told",
+    ),
+    "a list that is counted": (listed(FOUR, LOOP + "v = v * len(self.layers)"), "not understood"),
+    "a list that is initialised": (
+        listed(FOUR + "\nfor layer in self.layers:\n    nn.init.zeros_(layer.bias)", LOOP), "not only read layer by layer",
+    ),
+    "a list of five": (listed(FOUR.replace("4", "5"), LOOP), ""),
+    "a list of unknown length": (listed(FOUR.replace("4", "heads + 1"), LOOP), ""),
+    "a list that another class has too": (
+        listed(FOUR, LOOP) + "\n\nclass Other(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.layers = copies(nn.Linear(4, 4), 4)\n",
+        "could not tell",
+    ),
+    "a list of widths that differ": (
+        listed("self.layers = nn.ModuleList([nn.Linear(dim, d) for d in (dim, dim, dim, dim)])", LOOP), "not alike",
+    ),
+    "a list with a tied layer": (
+        listed(FOUR + "\nself.layers[0].weight = self.layers[1].weight", LOOP), "not only called",
+    ),
+    "a list whose layer is hooked": (
+        listed(FOUR + "\nself.layers[1].register_forward_hook(print)", LOOP), "not only called",
     ),
     "compiled": (own() + "\n\ndef compiled(net):\n    return torch.jit.script(net)\n", "TorchScript"),
     "known by the exact class": (
