@@ -231,7 +231,7 @@ def kernel(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    training = [("train", 2, 512)] if bench.quick else [("train", 2, 2048)]
+    training = [("train", 2, 2048)]
     forward = [("forward", 1, n) for n in ((1024, 2048, 4096) if bench.quick else (2048, 8192, 32768))]
     for what, batch, length in (*training, *forward):
         for name in ("HybridRelay", "literal form"):

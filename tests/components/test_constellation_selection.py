@@ -133,7 +133,9 @@ def test_kernel_is_not_for_the_cpu() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on a GPU")
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("heads", "length", "width", "top_k"), [(3, 700, 16, 8), (2, 33, 5, 3), (1, 7, 20, 8)])
+@pytest.mark.parametrize(
+    ("heads", "length", "width", "top_k"), [(3, 700, 16, 8), (2, 33, 5, 3), (1, 7, 20, 8), (2, 130, 128, 32)]
+)
 def test_kernel_chooses_as_the_chunked_form(causal: bool, heads: int, length: int, width: int, top_k: int) -> None:
     query, key = rand(heads, length, width).cuda(), rand(heads, length, width, seed=1).cuda()
     key[:, : length // 3] = key[:, length // 2 : length // 2 + length // 3]  # exact ties
@@ -141,3 +143,5 @@ def test_kernel_chooses_as_the_chunked_form(causal: bool, heads: int, length: in
     plain = select_top_k(query.cpu(), key.cpu(), top_k, causal=causal, backend="chunked")
     for a, b in zip(ours, plain, strict=True):
         assert torch.equal(a.cpu(), b)
+    last = select_top_k(query[:, -5:], key, top_k, causal=causal, offset=length - 5, backend="triton")
+    assert torch.equal(last[0], ours[0][:, -5:]) and torch.equal(last[1], ours[1][:, -5:])

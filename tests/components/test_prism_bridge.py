@@ -1,5 +1,6 @@
 """Bridges between two small models that answer like Hugging Face's."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,9 +26,15 @@ class Reader(nn.Module):
         return self.embed
 
     def forward(
-        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, output_hidden_states: bool = False
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+        attention_mask: Tensor | None = None,
     ) -> Any:
         states = [self.embed(input_ids) if inputs_embeds is None else inputs_embeds]
+        if attention_mask is not None:
+            states[0] = states[0] * attention_mask[..., None]
         for layer in self.layers:
             so_far = states[-1].cumsum(1) / torch.arange(1, states[-1].shape[1] + 1)[:, None]
             states.append(states[-1] + self.drop(layer(so_far)))
@@ -119,6 +126,83 @@ def test_places_that_belong_together_are_given() -> None:
     batches = [(x, y, places) for x, y in zip(short, long, strict=True)]
     _, report = bridge(a, b, batches, ridge=1e-3)
     assert report.samples == 6 * 8 * 2
+
+
+@pytest.mark.parametrize("strategy", ["hidden", "remap"])
+def test_what_is_masked_is_not_fitted(strategy: str) -> None:
+    """Ids under a mask may be anything; the bridge is that of the tokens before them."""
+    a, b = models()
+    mask = torch.ones(8, 9, dtype=torch.int64)
+    mask[:, 6:] = 0
+    fill = [torch.where(mask.bool(), x, 19) for x in ids()]
+    other = [torch.where(mask.bool(), x, 0) for x in ids()]
+    table = torch.arange(20).roll(3)
+    made = []
+    for batches in (fill, other):
+        given = [{"input_ids": x, "attention_mask": mask} for x in batches]
+        made.append(bridge(a, b, given, strategy=strategy, remap=table if strategy == "remap" else None, ridge=1e-3))
+    (one, report), (two, _) = made
+    assert report.samples == 6 * 8 * 6
+    torch.testing.assert_close(one.adapter.weight, two.adapter.weight)
+    cut = [(x[:, :6], (table[x] if strategy == "remap" else x)[:, :6]) for x in fill]
+    plain, _ = bridge(a.eval(), b.eval(), cut, ridge=1e-3)
+    torch.testing.assert_close(one.adapter.weight, plain.adapter.weight)
+    torch.testing.assert_close(one(fill[0], attention_mask=mask)[:, :6], plain(fill[0][:, :6]))
+    went_on = one.run(fill[0], attention_mask=mask).logits[:, :6]
+    torch.testing.assert_close(went_on, plain.run(fill[0][:, :6]).logits)
+
+
+def test_masked_places_of_pairs_are_left_out() -> None:
+    a, b = models()
+    mask = torch.tensor([[1, 1, 0]] * 8)
+    places = torch.tensor([[0, 1], [2, 4]])
+    both = [
+        ({"input_ids": x, "attention_mask": mask}, y, places) for x, y in zip(ids(length=3), ids(length=5), strict=True)
+    ]
+    _, report = bridge(a, b, both, ridge=1e-3)
+    assert report.samples == 6 * 8
+
+
+def test_saved_and_read_back(tmp_path: Path) -> None:
+    a, b = models()
+    made, _ = bridge(a, b, ids(), strategy="remap", remap=torch.arange(20).roll(3), ridge=1e-3, layer_a=1)
+    made.save_pretrained(tmp_path / "bridge")
+    again = Bridge.from_pretrained(tmp_path / "bridge", a, b)
+    assert (again.strategy, again.layer_a, again.layer_b) == ("remap", 1, 0)
+    assert again.remap is not None and made.remap is not None and torch.equal(again.remap, made.remap)
+    a.eval()
+    assert torch.equal(again(ids()[0]), made(ids()[0]))
+    plain, _ = bridge(a, b, ids(), ridge=1e-3)
+    plain.save_pretrained(tmp_path / "bridge")
+    assert Bridge.from_pretrained(tmp_path / "bridge", a, b).remap is None
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        (None, FileNotFoundError, "bridge.json is missing"),
+        ("{", ValueError, "does not describe a bridge"),
+        ('{"format": "prism bridge"}', ValueError, "does not describe a bridge"),
+        (
+            '{"format": "other", "version": 1, "strategy": "hidden", "layer_a": 0, "layer_b": 0, "remap": null}',
+            ValueError,
+            "of version 1",
+        ),
+    ],
+    ids=["none", "cut off", "incomplete", "other"],
+)
+def test_folders_without_a_bridge_are_refused(
+    text: str | None, error: type[Exception], said: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "bridge.json").write_text(text)
+    with pytest.raises(error, match=said):
+        Bridge.from_pretrained(tmp_path, *models())
+
+
+def test_batches_without_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch 0: ids or a mapping with input_ids are needed, not dict"):
+        bridge(*models(), [{"ids": ids()[0]}])
 
 
 @pytest.mark.parametrize(

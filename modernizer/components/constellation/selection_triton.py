@@ -24,47 +24,51 @@ def _candidates_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of queries against all keys in ascending order, keeping the WANTED best of each in registers."""
+    """One block of queries against all keys in ascending order, keeping the WANTED best of each in registers.
+
+    Keys lie along the first axis, so that one warp finds the best key of a query with few exchanges between threads.
+    """
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     lanes = tl.arange(0, WIDTH)
     slots = tl.arange(0, WANTED)
     query = tl.load(
-        query_ptr + (head * queries + rows[:, None]) * WIDTH + lanes[None, :], mask=rows[:, None] < queries, other=0.0
+        query_ptr + (head * queries + rows[None, :]) * WIDTH + lanes[:, None], mask=rows[None, :] < queries, other=0.0
     )
     own = rows + offset
-    best = tl.full((BLOCK_Q, WANTED), float("-inf"), tl.float32)
-    where = tl.zeros((BLOCK_Q, WANTED), tl.int32) - 1 - slots[None, :]  # distinct: one slot is replaced at a time
+    best = tl.full((WANTED, BLOCK_Q), float("-inf"), tl.float32)
+    where = tl.zeros((WANTED, BLOCK_Q), tl.int32) - 1 - slots[:, None]  # distinct: one slot is replaced at a time
+    low = tl.min(best, axis=0)
     end = keys
     if CAUSAL:
         end = tl.minimum(keys, offset + (tl.program_id(0) + 1) * BLOCK_Q)
     for start in range(0, end, BLOCK_K):
         places = start + tl.arange(0, BLOCK_K)
         key = tl.load(
-            key_ptr + (head * keys + places[None, :]) * WIDTH + lanes[:, None], mask=places[None, :] < keys, other=0.0
+            key_ptr + (head * keys + places[:, None]) * WIDTH + lanes[None, :], mask=places[:, None] < keys, other=0.0
         )
-        scores = tl.dot(query, key, input_precision="ieee")
-        seen = places[None, :] < keys
+        scores = tl.dot(key, query, input_precision="ieee")
+        seen = places[:, None] < keys
         if CAUSAL:
-            seen = seen & (places[None, :] < own[:, None])
+            seen = seen & (places[:, None] < own[None, :])
         if not CAUSAL:
-            seen = seen & (places[None, :] != own[:, None])
+            seen = seen & (places[:, None] != own[None, :])
         scores = tl.where(seen & (scores == scores), scores, float("-inf"))
-        high = tl.max(scores, axis=1)
-        low = tl.min(best, axis=1)
+        high = tl.max(scores, axis=0)
         # Keys come in ascending order, so one that only equals the worst kept is a later one: it stays out.
         while tl.max((high > low).to(tl.int32), axis=0) > 0:
             enters = high > low
-            first = tl.min(tl.where(scores == high[:, None], places[None, :], 2147483647), axis=1)
-            leaving = tl.max(tl.where(best == low[:, None], where, -2147483647), axis=1)
-            hit = enters[:, None] & (best == low[:, None]) & (where == leaving[:, None])
-            best = tl.where(hit, high[:, None], best)
-            where = tl.where(hit, first[:, None], where)
-            scores = tl.where(enters[:, None] & (places[None, :] == first[:, None]), float("-inf"), scores)
-            high = tl.max(scores, axis=1)
-            low = tl.min(best, axis=1)
-    target = out_ptr + (head * queries + rows[:, None]) * WANTED + slots[None, :]
-    tl.store(target, where, mask=rows[:, None] < queries)
+            first = tl.min(tl.where(scores == high[None, :], places[:, None], 2147483647), axis=0)
+            leaving = tl.max(tl.where(best == low[None, :], where, -2147483647), axis=0)
+            hit = enters[None, :] & (where == leaving[None, :])
+            best = tl.where(hit, high[None, :], best)
+            where = tl.where(hit, first[None, :], where)
+            # What does not enter now never will: the worst kept only grows.
+            scores = tl.where(places[:, None] == first[None, :], float("-inf"), scores)
+            high = tl.max(scores, axis=0)
+            low = tl.min(best, axis=0)
+    target = out_ptr + (head * queries + rows[None, :]) * WANTED + slots[:, None]
+    tl.store(target, where, mask=rows[None, :] < queries)
 
 
 def candidates(query: Tensor, key: Tensor, wanted: int, causal: bool, offset: int) -> Tensor:
@@ -83,12 +87,12 @@ def candidates(query: Tensor, key: Tensor, wanted: int, causal: bool, offset: in
     slots = triton.next_power_of_2(wanted)
     out = torch.empty(heads, queries, slots, dtype=torch.int32, device=query.device)
     if out.numel() and keys:
-        block = 16
+        block, step = 16, 64 if padded <= 64 else 32  # more would not fit the registers of one warp
         grid = (triton.cdiv(queries, block), heads)
         with torch.cuda.device(query.device):
             _candidates_kernel[grid](
                 query.contiguous(), key.contiguous(), out, queries, keys, offset,
-                CAUSAL=causal, WIDTH=padded, WANTED=slots, BLOCK_Q=block, BLOCK_K=128, num_warps=4,
+                CAUSAL=causal, WIDTH=padded, WANTED=slots, BLOCK_Q=block, BLOCK_K=step, num_warps=1,
             )  # fmt: skip
     else:
         out.fill_(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from modernizer.components.prism.fit import FitReport, fit_prism
 
 __all__ = ["Bridge", "align_offsets", "bridge", "token_remap"]
 
-Batch = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+Inputs = Tensor | Mapping[str, Tensor]
+Batch = Inputs | tuple[Inputs, Inputs] | tuple[Inputs, Inputs, Tensor]
+_FORM = "bridge.json"
 
 
 def token_remap(vocab_a: Mapping[str, int], vocab_b: Mapping[str, int]) -> Tensor:
@@ -66,16 +70,56 @@ class Bridge(nn.Module):
         return out
 
     def run(self, input_ids: Tensor, **inputs: Any) -> Any:
-        """What B makes of the bridged states, as ``model_b(inputs_embeds=…, **inputs)``.
+        """What B makes of the bridged states, as ``model_b(inputs_embeds=…, **inputs)``; a mask of padding is for both.
 
         Raises:
             ValueError: the bridge leads to another layer than B's embedding (``layer_b=0``).
         """
         if self.layer_b != 0:
             raise ValueError(f"this bridge leads to layer {self.layer_b}; a model goes on from its embedding only")
-        embedded = self(input_ids)
+        masks = {name: inputs[name] for name in ("attention_mask",) if name in inputs}
+        embedded = self(input_ids, **masks)
         weight = next(self._models[1].parameters(), embedded)
         return self._models[1](inputs_embeds=embedded.to(weight), **inputs)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the adapter (see `PrismAdapter.save_pretrained`) and how it is used, not the models, to a folder."""
+        self.adapter.save_pretrained(folder)
+        form = {
+            "format": "prism bridge",
+            "version": 1,
+            "strategy": self.strategy,
+            "layer_a": self.layer_a,
+            "layer_b": self.layer_b,
+            "remap": None if self.remap is None else self.remap.tolist(),
+        }
+        new = Path(folder) / f"{_FORM}.new"
+        new.write_text(json.dumps(form), encoding="utf-8")
+        new.replace(Path(folder) / _FORM)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, model_a: Any, model_b: Any, device: torch.device | str | None = None
+    ) -> Bridge:
+        """The bridge that ``save_pretrained`` wrote, between these models.
+
+        Raises:
+            FileNotFoundError: the folder, or a part of it, is missing; says which.
+            ValueError: it holds something else.
+        """
+        path = Path(folder) / _FORM
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no saved bridge ({_FORM} is missing)")
+        try:
+            form = json.loads(path.read_text(encoding="utf-8"))
+            known = (form["format"], form["version"]) == ("prism bridge", 1)
+            table = None if form["remap"] is None else torch.tensor(form["remap"], dtype=torch.int64, device=device)
+            said = form["strategy"], int(form["layer_a"]), int(form["layer_b"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not describe a bridge: {error}") from error
+        if not known:
+            raise ValueError(f"{path} does not describe a bridge of version 1")
+        return cls(model_a, model_b, PrismAdapter.from_pretrained(folder, device), *said, table)
 
 
 def bridge(
@@ -97,7 +141,8 @@ def bridge(
     Args:
         model_a, model_b: the models, of any widths.
         batches: ids ``[batch, time]`` of A; or ``(ids of A, ids of B)``; or these with ``pairs [n, 2]``, the places
-            that belong together in every sequence (see `align_offsets`).
+            that belong together in every sequence (see `align_offsets`). In the place of ids may stand what a tokenizer
+            answers with (``input_ids``, ``attention_mask`` and others): what is masked is not fitted.
         strategy: how tokens of A become tokens of B.
             "hidden": both models read their own ids, states at the same places (or at ``pairs``) are matched.
             "remap": B reads ``remap[ids of A]`` (see `token_remap`); a sequence is used up to its first token that B
@@ -134,10 +179,12 @@ def _pairs(
     models: tuple[Any, Any], batches: Iterable[Batch], strategy: str, layer_a: int, layer_b: int, remap: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for number, batch in enumerate(batches):
-        ids_a, *rest = batch if isinstance(batch, tuple) else (batch,)
-        known = torch.ones_like(ids_a, dtype=torch.bool)
+        given, *rest = batch if isinstance(batch, tuple) else (batch,)
+        ids_a, more_a = _split(given, number)
+        known = _real(ids_a, more_a)
+        more_b: dict[str, Tensor] = {name: more_a[name] for name in ("attention_mask",) if name in more_a}
         if rest:
-            ids_b = rest[0]
+            ids_b, more_b = _split(rest[0], number)
         elif strategy == "hidden":
             ids_b = ids_a
         else:
@@ -146,20 +193,38 @@ def _pairs(
                 raise ValueError(f"batch {number}: id {int(ids_a.max())} is beyond the table of {len(remap)} tokens")
             found = remap.to(ids_a.device)[ids_a]
             # After a token that B does not have the two models have read different texts.
-            known = (found >= 0).cumprod(-1).bool()
+            known = known & ((found >= 0) | ~known).cumprod(-1).bool()
             ids_b = found.clamp(min=0)
-        x = _features(models, ids_a, strategy, layer_a, remap, {})
-        z = _hidden(models[1], ids_b, layer_b, "model_b")
+        x = _features(models, ids_a, strategy, layer_a, remap, more_a)
+        z = _hidden(models[1], ids_b, layer_b, "model_b", more_b).to(x.device)
+        known_b = _real(ids_b, more_b).to(known.device)
         if len(rest) > 1:
-            places = rest[1].to(ids_a.device)
-            yield x[:, places[:, 0]], z[:, places[:, 1]].to(x.device)
+            here, there = torch.as_tensor(rest[1], device=known.device).T
+            both = known[:, here] & known_b[:, there]
+            yield x[:, here][both], z[:, there][both]
         elif x.shape[:2] != z.shape[:2]:
             raise ValueError(
                 f"batch {number}: A has states at {tuple(x.shape[:2])} places and B at {tuple(z.shape[:2])}:"
                 " give the pairs of places that belong together (see align_offsets)"
             )
         else:
-            yield x[known], z[known.to(z.device)].to(x.device)
+            both = known & known_b
+            yield x[both], z[both]
+
+
+def _split(given: Any, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Ids ``[batch, time]`` and whatever else a model is called with."""
+    if isinstance(given, Tensor):
+        return given, {}
+    if not isinstance(given, Mapping) or not isinstance(given.get("input_ids"), Tensor):
+        raise ValueError(f"batch {number}: ids or a mapping with input_ids are needed, not {type(given).__name__}")
+    return given["input_ids"], {name: value for name, value in given.items() if name != "input_ids"}
+
+
+def _real(ids: Tensor, more: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens are no padding: ``[batch, time]``."""
+    mask = more.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device).bool()
 
 
 @torch.no_grad()
