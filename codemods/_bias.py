@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from codemods._anchors import MAX_LIFT, Anchor, Code, Context, Part, free_name, kept_test, simple_statement
+from codemods._folds import fold_of
 from codemods._parts import Attached, Parts
 from codemods._rotation import keeps_past
 from codemods._survey import Cannot, place
 from modernizer.edit import AddArgument, AddParameter, Delete, Edit, Insert, Replace
-from modernizer.graph.query import VIEWS, is_torch
+from modernizer.graph.query import VIEWS, is_torch, origin, same_size
 from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Many, Module, Node, Value
 from modernizer.imports import Imports
@@ -41,7 +42,7 @@ def bias(code: Code, parts: Parts, contexts: Sequence[tuple[Attention, bool]]) -
     heads = _heads(code, [c for c in held if c.changes])
     if heads.per_module is not None:
         return _per_head(code, parts, anchor, heads.per_module)
-    return _at(code, parts, anchor, heads.arguments, 0)
+    return _at(code, parts, anchor, heads, 0)
 
 
 def _scores_expression(code: Code, node: ast.expr, contexts: Sequence[Context]) -> ast.expr:
@@ -69,6 +70,7 @@ def _weights(context: Context) -> Node:
 class _Heads:
     arguments: str = ""
     per_module: Module | None = None  # one module a head: the container of the modules
+    counted_by: str = ""  # the attribute that the arguments read
 
 
 def _heads(code: Code, contexts: Sequence[Context]) -> _Heads:
@@ -145,13 +147,28 @@ def _is_batch_at_heads(value: Value) -> bool:
 def _folded(code: Code, contexts: Sequence[Context]) -> _Heads:
     """Scores of three axes: a module a head, one head for all features, or heads in the batch."""
     first = contexts[0]
+    if not any(_has_heads(c) for c in contexts):
+        return _Heads("1, head=0")
+    counts: set[tuple[str, str]] | None = None
     for context in contexts:
-        if _has_heads(context):
+        query, key = fold_of(context.attention.query), fold_of(context.attention.key)
+        if query is None or key is None or query.order != key.order or not same_size(query.heads, key.heads):
             raise Cannot(
                 "heads are folded into the batch here, and how they are ordered is not told by the scores",
                 place(first.attention), "give the scores an axis of heads",
             )  # fmt: skip
-    return _Heads("1, head=0")
+        named = code.self_name(query.view.frame)
+        module = origin(named[1]) if named else None
+        names = [n for n, v in module.attributes.items() if v is query.heads] if module is not None else []
+        found = {(query.order, name) for name in names}
+        counts = found if counts is None else counts & found
+    if not counts:
+        raise Cannot(
+            "heads are folded into the batch here, and no attribute of their module says how many there are",
+            place(first.attention), "keep the number of heads on the module: `self.num_heads = num_heads`",
+        )  # fmt: skip
+    order, attribute = min(counts)
+    return _Heads(f'self.{attribute}, folded="{order}"', counted_by=attribute)
 
 
 def _has_heads(context: Context) -> bool:
@@ -239,13 +256,13 @@ def _per_head(code: Code, parts: Parts, anchor: Anchor, container: Module) -> li
 # -- at the softmax, or handed in to it
 
 
-def _at(code: Code, parts: Parts, anchor: Anchor, arguments: str, lifted: int) -> list[Edit]:
+def _at(code: Code, parts: Parts, anchor: Anchor, heads: _Heads, lifted: int) -> list[Edit]:
     try:
-        attached = parts.attach(anchor, arguments)
+        attached = parts.attach(anchor, heads.arguments, heads.counted_by)
     except Cannot as reason:
         if lifted >= MAX_LIFT:
             raise
-        return _handed_in(code, parts, anchor, arguments, reason)
+        return _handed_in(code, parts, anchor, heads, reason)
     return _written(code, anchor, attached)
 
 
@@ -269,7 +286,7 @@ def _written(code: Code, anchor: Anchor, attached: Attached) -> list[Edit]:
     return [*before, Insert(path, statement, lines, "before"), Replace(path, operand, name)]
 
 
-def _handed_in(code: Code, parts: Parts, anchor: Anchor, arguments: str, reason: Cannot) -> list[Edit]:
+def _handed_in(code: Code, parts: Parts, anchor: Anchor, heads: _Heads, reason: Cannot) -> list[Edit]:
     """The function of the softmax takes the module as an argument, which its callers pass where it applies."""
     function = anchor.function.node
     if not isinstance(function, ast.FunctionDef):
@@ -292,7 +309,7 @@ def _handed_in(code: Code, parts: Parts, anchor: Anchor, arguments: str, reason:
             continue
         assert isinstance(call, ast.Call)
         outer = Anchor(call, contexts[0].frame.function or anchor.function, tuple(contexts), anchor.query, anchor.key)
-        attached = parts.attach(outer, arguments)
+        attached = parts.attach(outer, heads.arguments, heads.counted_by)
         before, test = kept_test(outer, attached.test) if attached.test else ([], "")
         edits += before
         text = f"{attached.text} if {test} else None" if test else attached.text

@@ -36,8 +36,10 @@ class Parts:
         self._made: dict[tuple[ast.ClassDef, str, bool], str] = {}
         self._flagged: set[ast.AST] = set()
 
-    def attach(self, anchor: Anchor, arguments: str = "") -> Attached:
-        """Makes `component(arguments)` available on the module whose method the anchor stands in; raises Cannot."""
+    def attach(self, anchor: Anchor, arguments: str = "", after: str = "") -> Attached:
+        """Makes `component(arguments)` available on the module whose method the anchor stands in; raises Cannot.
+
+        `after` is the attribute that the arguments read, which the constructor must have set by then."""
         named = [self.code.self_name(c.frame) for c in anchor.contexts]
         if any(n is None for n in named):
             raise Cannot("no module's method hands query and key in here", place(anchor.contexts[0].attention))
@@ -50,10 +52,10 @@ class Parts:
         owner = class_of(anchor.frame)
         assert owner is not None
         if not stays:
-            return Attached(f"{self_name}.{self._in_class(anchor, owner, changes, arguments, False)}")
+            return Attached(f"{self_name}.{self._in_class(anchor, owner, changes, arguments, False, after)}")
         told = constructions(self.code, changes)
         if told and not told.keys() & constructions(self.code, stays).keys() and self._can_ask(told, owner):
-            name = self._in_class(anchor, owner, list(anchor.contexts), arguments, True)
+            name = self._in_class(anchor, owner, list(anchor.contexts), arguments, True, after)
             self._ask(told)
             return Attached(f"{self_name}.{name}", optional=True)
         test = told_by_arguments(anchor)
@@ -63,12 +65,14 @@ class Parts:
                 " positions), and its uses cannot be told apart",
                 place(anchor.contexts[0].attention), "use two classes, or construct the two uses apart",
             )  # fmt: skip
-        return Attached(f"{self_name}.{self._in_class(anchor, owner, list(anchor.contexts), arguments, False)}", test)
+        return Attached(
+            f"{self_name}.{self._in_class(anchor, owner, list(anchor.contexts), arguments, False, after)}", test
+        )
 
     # -- the constructor
 
     def _in_class(
-        self, anchor: Anchor, owner: Class, contexts: Sequence[Context], arguments: str, optional: bool
+        self, anchor: Anchor, owner: Class, contexts: Sequence[Context], arguments: str, optional: bool, after: str
     ) -> str:
         key = (owner.node, arguments, optional)
         if key not in self._made:
@@ -77,7 +81,7 @@ class Parts:
             made = f"{reference}({arguments})"
             if optional:
                 made += f" if {self.flag} else None"
-            self._construct(anchor, owner, contexts, f"self.{name} = {made}\n", optional)
+            self._construct(anchor, owner, contexts, f"self.{name} = {made}\n", optional, after)
             self.edits += [new] if new is not None else []
             self._made[key] = name
         return self._made[key]
@@ -89,9 +93,14 @@ class Parts:
         names = (self.attribute, f"{self.attribute}_embedding", *(f"{self.attribute}_{i}" for i in range(2, 99)))
         return next(name for name in names if name not in taken)
 
-    def _construct(self, anchor: Anchor, owner: Class, contexts: Sequence[Context], line: str, optional: bool) -> None:
+    def _construct(
+        self, anchor: Anchor, owner: Class, contexts: Sequence[Context], line: str, optional: bool, after: str
+    ) -> None:
         init = owner.members.get("__init__")
         self._check_constructed(anchor, owner, init, contexts)
+        if after and not any(_sets(s, after) for s in getattr(init, "body", ())):
+            raise Cannot(f"the constructor does not set `{after}`, which tells the number of heads",
+                         place(contexts[0].attention))  # fmt: skip
         if init is None:
             self._new_constructor(owner, line, optional)
             return
@@ -101,8 +110,9 @@ class Parts:
             raise Cannot("the constructor does not call its base class's, so no sub-module can be added",
                          owner.scope.source.location(init))  # fmt: skip
         self_name = init.args.args[0].arg if init.args.args else "self"
-        line = line if self_name == "self" else line.replace("self.", f"{self_name}.", 1)
-        self.edits.append(Insert(owner.path, first, line))
+        line = line.replace("self.", f"{self_name}.")
+        needed = [first, *(s for s in init.body if after and _sets(s, after))]
+        self.edits.append(Insert(owner.path, max(needed, key=init.body.index), line))
         if optional:
             if self.flag in {a.arg for a in ast.walk(init.args) if isinstance(a, ast.arg)}:
                 raise Cannot(
@@ -164,6 +174,13 @@ def built_in_a_call(module: Module) -> bool:
     """Whether a module is constructed while the model runs: such a one is no sub-module of anything."""
     methods = [f for f in (module.frame.outward() if module.frame else ()) if isinstance(f.receiver, Module)]
     return bool(methods) and not any(f.function is not None and f.function.name == "__init__" for f in methods)
+
+
+def _sets(statement: ast.stmt, attribute: str) -> bool:
+    """`self.heads = …`, whatever self is called."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    named = [t for target in targets for t in (target.elts if isinstance(target, ast.Tuple | ast.List) else [target])]
+    return any(isinstance(t, ast.Attribute) and t.attr == attribute for t in named)
 
 
 def _calls_super(statement: ast.stmt) -> bool:

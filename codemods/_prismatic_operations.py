@@ -73,12 +73,12 @@ class _Chosen(Parts):
         super().__init__(code, component, attribute, attribute)
         self._forward, self._test = forward, test
 
-    def attach(self, anchor: Anchor, arguments: str = "") -> Attached:
+    def attach(self, anchor: Anchor, arguments: str = "", after: str = "") -> Attached:
         if anchor.function.node is not self._forward:
             raise Cannot("scores are computed where the operation cannot be chosen", None, "compute them in forward")
         named, owner = self.code.self_name(anchor.frame), class_of(anchor.frame)
         assert named is not None and owner is not None
-        name = self._in_class(anchor, owner, list(anchor.contexts), arguments, False)
+        name = self._in_class(anchor, owner, list(anchor.contexts), arguments, False, after)
         return Attached(f"{named[0]}.{name}", self._test, is_chosen=True)
 
 

@@ -18,7 +18,7 @@ from modernizer import pipeline
 from modernizer.components import alibi_slopes
 from modernizer.report import Status
 
-HEADS_NOT_TOLD = {"attention_heads_in_the_batch", "attention_heads_joined_to_the_batch", "attention_in_a_lambda"}
+HEADS_NOT_TOLD = {"attention_in_a_lambda"}
 PAGE = Path(codemods.__file__).with_name("alibi.md")
 
 
@@ -88,3 +88,92 @@ MANUAL = ATTENTIONS["sdpa"].replace(
     "                blocked = torch.ones(t, t, dtype=torch.bool).triu(1)\n"
     '                y = scores.masked_fill(blocked, float("-inf")).softmax(-1) @ v',
 )
+
+HEADS_APART = """
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None):
+        b, t, c = x.shape
+        q, k, v = (f(x).view(b, t, self.heads, c // self.heads).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = F.softmax(q @ k.transpose(-2, -1) / math.sqrt(c // self.heads), dim=-1)
+        return (weights @ v).transpose(1, 2).reshape(b, t, c)
+"""
+
+
+def folded(split: str, join: str) -> str:
+    """Attention whose heads share an axis with the batch, in the order that `split` gives them."""
+    return f"""
+class Scores(nn.Module):
+    def forward(self, q, k, v):
+        weights = F.softmax(torch.bmm(q, k.transpose(1, 2)) / math.sqrt(q.shape[-1]), dim=-1)
+        return torch.bmm(weights, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.scores = Scores()
+        self.width, self.heads = dim // heads, heads
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, mask=None):
+        heads, width = self.heads, self.width
+        b, t, c = x.size()
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        q = {split.replace("X", "q")}
+        k = {split.replace("X", "k")}
+        v = {split.replace("X", "v")}
+        y = self.scores(q, k, v)
+        return {join}
+"""
+
+
+FOLDED = {
+    "heads before the batch": (
+        "X.view(b, t, heads, width).permute(2, 0, 1, 3).contiguous().view(-1, t, width)",
+        "y.view(heads, b, t, width).permute(1, 2, 0, 3).contiguous().view(b, t, -1)",
+    ),
+    "batch before the heads": (
+        "X.view(b, -1, heads, width).transpose(1, 2).reshape(b * heads, -1, width)",
+        "y.view(b, heads, t, width).transpose(1, 2).reshape(b, t, c)",
+    ),
+    "pieces upon each other": ("torch.cat(X.chunk(heads, dim=-1), 0)", "torch.cat(y.chunk(heads, dim=0), -1)"),
+    "time first": (
+        "X.transpose(0, 1).contiguous().view(t, b * heads, width).transpose(0, 1)",
+        "y.transpose(0, 1).contiguous().view(t, b, c).transpose(0, 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_heads_within_the_batch_get_the_slopes_of_heads_apart(tmp_path: Path, name: str) -> None:
+    apart, _ = rewritten(tmp_path, by_attention(HEADS_APART), Alibi())
+    before = by_attention(folded(*FOLDED[name]))
+    together, report = rewritten(tmp_path, before, Alibi())
+    assert "ALiBi(self.heads, folded=" in together, report.sites
+    check_relative(tmp_path, before, together)
+    a, b = loaded(tmp_path, apart).build(), loaded(tmp_path, together).build()
+    b.load_state_dict(a.state_dict())
+    torch.testing.assert_close(a(tokens()), b(tokens()), rtol=1e-4, atol=1e-5)
+
+
+NOT_TOLD = {
+    "the number of heads is on no attribute": folded(*FOLDED["heads before the batch"])
+    .replace("self.width, self.heads = dim // heads, heads", "self.width = dim // heads")
+    .replace("heads, width = self.heads, self.width", "width = self.width\n        heads = x.size(-1) // width"),
+    "query and key are ordered each in its way": folded(*FOLDED["batch before the heads"]).replace(
+        "k = k.view(b, -1, heads, width).transpose(1, 2)", "k = k.view(b, -1, heads, width).permute(2, 0, 1, 3)"
+    ),
+    "pieces of a stated width": folded("torch.cat(X.split(width, dim=-1), 0)", FOLDED["pieces upon each other"][1]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TOLD)
+def test_heads_within_the_batch_whose_order_or_number_is_not_told_are_refused(tmp_path: Path, name: str) -> None:
+    before = by_attention(NOT_TOLD[name])
+    after, report = rewritten(tmp_path, before, Alibi())
+    assert after == before and any("heads are folded" in site.message for site in report.sites), report.sites
