@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence, Set
 from itertools import pairwise
 
 from codemods._anchors import Code
 from codemods._kvcache_attention import Update, module_of
 from codemods._kvcache_axes import FED, GROWN, LAST, NEW, Loose, Tensor, constant, speaks_of
-from codemods._kvcache_loops import Generation, is_below
+from codemods._kvcache_loops import Generation
 from codemods._kvcache_time import Timeline
 from codemods._survey import Cannot, place
 from modernizer.graph.query import is_const, location
 from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
 from modernizer.model_map.position import NOISE
-from modernizer.syntax import mentions
+from modernizer.syntax import below, mentions, outward
 
 _FREE_OPAQUE = ("torch.", "numpy.", "math.", "builtins.")
 
@@ -27,6 +28,7 @@ def check(code: Code, generation: Generation, line: Timeline, updates: Sequence[
     _check_kept(code, line)
     _check_branches(code, generation, line, updates)
     _check_counting(code, generation, line)
+    _check_counted(code, generation)
     _check_turns(generation, line)
     if generation.is_cropped and not all(_is_one_step(v, generation.time_axis) for v in generation.added):
         raise Cannot("how many steps each turn adds cannot be told", generation.location)
@@ -74,32 +76,92 @@ def _check_kept(code: Code, line: Timeline) -> None:
 
 def _evaluations(code: Code, generation: Generation, kind: type[ast.AST]) -> Iterator[tuple[ast.AST, Frame, Value]]:
     """What the expressions of one kind gave in the loop."""
+    inside = set(map(id, below(generation.loop)))
     for node, found in code.graph.machine.at.items():
         if isinstance(node, kind):
             for frame, value in found:
-                if is_below(frame, generation.frame):
+                if id(node) in inside if frame is generation.frame else _is_in_loop(frame, generation, inside):
                     yield node, frame, value
+
+
+def _is_in_loop(frame: Frame, generation: Generation, inside: Set[int]) -> bool:
+    """Whether an activation happens within the loop."""
+    return any(f.caller is generation.frame and id(f.call) in inside for f in frame.outward())
 
 
 def _check_branches(code: Code, generation: Generation, line: Timeline, updates: Sequence[Update]) -> None:
     """Nothing but an exception may depend on the sequence, except for what the loop itself does with the last step."""
     tops = {id(_top(frame, generation)) for update in updates for frame, _ in update.frames}
-    for node, found in list(code.graph.machine.at.items()):
-        if not isinstance(node, ast.expr):
+    for node, frame, value in _evaluations(code, generation, ast.expr):
+        known = [k for leaf in flatten(value) if (k := line.type_of(leaf)) is not None]
+        above = frame.scope.source.parents.get(node)
+        if not known or not isinstance(above, ast.If | ast.While | ast.IfExp) or above.test is not node:
             continue
-        for frame, value in found:
-            known = [k for leaf in flatten(value) if (k := line.type_of(leaf)) is not None]
-            if not known or not is_below(frame, generation.frame):
-                continue
-            above = frame.scope.source.parents.get(node)
-            if not isinstance(above, ast.If | ast.While | ast.IfExp) or above.test is not node:
-                continue
-            within = frame is not generation.frame
-            inside = within and any(speaks_of(k, FED + GROWN) for k in known)
-            if within and any(isinstance(k, Loose) for k in known):
-                inside = inside or id(_top(frame, generation)) in tops
-            if (inside or any(speaks_of(k, NEW + LAST) for k in known)) and not _only_raises(above):
-                raise Cannot("the model decides by the sequence or its length", location(node, frame))
+        within = frame is not generation.frame
+        inside = within and any(speaks_of(k, FED + GROWN) for k in known)
+        if within and any(isinstance(k, Loose) for k in known):
+            inside = inside or id(_top(frame, generation)) in tops
+        if (inside or any(speaks_of(k, NEW + LAST) for k in known)) and not _only_raises(above):
+            raise Cannot("the model decides by the sequence or its length", location(node, frame))
+
+
+def _check_counted(code: Code, generation: Generation) -> None:
+    """Two turns of the loop were followed: what later ones do must not be decided by how many there have been."""
+    values: defaultdict[ast.AST, list[Value]] = defaultdict(list)
+    frames: dict[ast.AST, Frame] = {}
+    for node, frame, value in _evaluations(code, generation, ast.expr):
+        values[node].append(value)
+        frames[node] = frame
+    runs = sum(r.frame is generation.frame for r in code.graph.machine.repeats[generation.loop])
+    for node, found in values.items():
+        if not _differ_by_turn(found, 2 * runs):
+            continue
+        test, choice = _test_around(frames[node].scope.source.tree, node)
+        if choice is not None and test in values and not _only_leaves(choice):
+            raise Cannot("the loop does something else after some turns", location(test or node, frames[node]))
+
+
+def _differ_by_turn(values: Sequence[Value], turns: int) -> bool:
+    """Whether an expression gave other constants in the second turn than in the first. `turns` were made in all."""
+    if len(values) % turns:
+        return any(_differ(values[0], v) for v in values)
+    size = len(values) // turns
+    parts = [values[i : i + size] for i in range(0, len(values), size)]
+    return any(_differ(a, b) for one, other in zip(parts[::2], parts[1::2], strict=True)
+               for a, b in zip(one, other, strict=True))  # fmt: skip
+
+
+def _differ(a: Value, b: Value) -> bool:
+    return isinstance(a, Const) and isinstance(b, Const) and (type(a.value) is not type(b.value) or a.value != b.value)
+
+
+def _test_around(tree: ast.Module, node: ast.AST) -> tuple[ast.AST | None, ast.AST | None]:
+    """The test of which an expression is a part, and what it decides."""
+    inner: ast.AST | None = None
+    for outer in outward(tree, node):
+        if isinstance(outer, ast.If | ast.While | ast.IfExp) and outer.test is inner:
+            return inner, outer
+        if isinstance(outer, ast.BoolOp) and inner is not outer.values[-1]:
+            return inner, outer
+        if isinstance(outer, ast.comprehension) and inner in outer.ifs:
+            return inner, outer
+        if isinstance(outer, ast.stmt):
+            return None, None
+        inner = outer
+    return None, None
+
+
+def _only_leaves(choice: ast.AST) -> bool:
+    """Whether a branch at most ends the loop, or says something."""
+    if isinstance(choice, ast.While):
+        return True  # another turn or none
+    if not isinstance(choice, ast.If):
+        return False
+    return all(
+        isinstance(s, ast.Break | ast.Return | ast.Raise | ast.Pass)
+        or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Call) and getattr(s.value.func, "id", "") == "print")
+        for s in (*choice.body, *choice.orelse)
+    )
 
 
 def _top(frame: Frame, generation: Generation) -> Frame:
@@ -141,9 +203,11 @@ def _refuse_lengths(code: Code, line: Timeline, parts: Sequence[ast.expr], frame
 
 def _check_turns(generation: Generation, line: Timeline) -> None:
     """The second turn must make of the longer sequence what the first made of the shorter one, by the same means."""
-    starts = [line.nodes[0].order, *(g.order + 1 for g in generation.grown[1:])]
+    sequences = set(map(id, generation.grown))
+    bounds = [generation.start, *generation.ends]
     first, second = (
-        [n for n in line.nodes if a <= n.order < b - 1 and _counts(line, n)] for a, b in pairwise(starts[:3])
+        [n for n in line.nodes if a <= n.order < b and id(n) not in sequences and _counts(line, n)]
+        for a, b in pairwise(bounds[:3])
     )
     if len(first) != len(second):
         raise Cannot("the first turn of the loop does something else than the others", generation.location)

@@ -91,7 +91,7 @@ def _cut(code: Code, generation: Generation, first: Frame, statement: ast.stmt, 
     names: dict[str, int] | None = None
     changes: list[Change] = []
     for frame in activations:
-        orders = _orders(machine.nodes, frame, statement)
+        orders = _orders(machine.nodes[start : generation.repeat.last], frame, statement)
         if not orders:
             continue
         made = _names(code, generation, frame, statement, start, orders[0])

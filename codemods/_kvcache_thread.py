@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,34 @@ class Thread:
             else:
                 self.calls.setdefault(call, caller)
             frame = caller
+
+    def check_reach(self, wanted: Sequence[Frame], ends: Sequence[ast.FunctionDef]) -> None:
+        """Raises Cannot where the cache also reaches attention to something else, by the same calls."""
+        known = set(map(id, wanted))
+        machine, repeat = self.code.graph.machine, self.generation.repeat
+        active = {id(n.frame) for n in machine.nodes[repeat.first : repeat.last]}
+        for frame in machine.frames:
+            if frame.function is None or frame.function.node not in ends or id(frame) in known:
+                continue
+            if id(frame) not in active:
+                continue
+            if self._is_handed_it(frame):
+                raise Cannot(
+                    "one call leads to attention to the sequence and to something else",
+                    location(frame.call or frame.function.node, frame.caller or frame),
+                )
+
+    def _is_handed_it(self, frame: Frame) -> bool:
+        """Whether every call from the loop to an activation hands the cache on."""
+        active: Frame | None = frame
+        while active is not None and active is not self.generation.frame:
+            if active.function is not None and active.function.closure is not None and active.function.owner is None:
+                active = active.function.closure
+                continue
+            if active.call not in self.calls and active.call not in self.sequentials:
+                return False
+            active = active.caller
+        return active is self.generation.frame
 
     # -- names
 

@@ -80,7 +80,7 @@ class Timeline:
         for change in changes:
             self.changes.setdefault(id(change.value), []).append(change)
         self.repair = Repair()
-        self.drops = False  # whether a dropout lies on the way
+        self.drops: list[Node] = []  # dropout on the way
         self.products: list[Node] = []  # where new queries meet all keys
         self.batch_axis = 0
 
@@ -364,7 +364,7 @@ def dropout(line: Timeline, node: Node) -> Known | None:
         is_flag = isinstance(training, Node) and training.op == "attr" and training.name == "training"
         if not is_flag and not is_const(training, False):
             raise Stops("a dropout that is always on")
-    line.drops = True
+    line.drops.append(node)
     return line.first(node)
 
 
@@ -745,7 +745,7 @@ def squeezed(line: Timeline, node: Node) -> Known | None:
 
 @types("expand", "expand_as", "repeat")
 def expanded(line: Timeline, node: Node) -> Known | None:
-    known = line.type_of(node.args[0], node)
+    known = line.type_of(node.args[0], node) or _axes_of(node.args[0], _count_of_sizes(node))
     if not isinstance(known, Tensor):
         raise Stops("something else is widened to the length of the sequence")
     if node.op == "expand_as":
@@ -757,6 +757,58 @@ def expanded(line: Timeline, node: Node) -> Known | None:
         raise Stops("fewer sizes than axes")
     axes = [*(free(Const(1)) for _ in range(extra)), *known.axes]
     return Tensor(tuple(_widened(a, e, node.op == "repeat") for a, e in zip(axes, entries, strict=True)))
+
+
+def _count_of_sizes(node: Node) -> int | None:
+    """How many sizes `expand` is told."""
+    sizes = node.args[1].items if len(node.args) == 2 and isinstance(node.args[1], Many) else node.args[1:]
+    return None if any(isinstance(s, Node) and s.op in ("star", "shape") for s in sizes) else len(sizes)
+
+
+def _axes_of(value: Value, most: int | None) -> Tensor | None:
+    """The axes of something that is not made of the sequence and has at most so many, those known to be of size 1 told
+    from the others."""
+    count = rank(value)
+    if count is None and most is not None and _least_rank(value) >= most:
+        count = most
+    if count is None:
+        return None
+    ones = _axes_of_size_one(value, count)
+    return Tensor(tuple(free(Const(1)) if i in ones else free() for i in range(count)))
+
+
+def _least_rank(value: Value) -> int:
+    """As many axes a tensor has at least, as its sizes are asked for."""
+    if not isinstance(value, Node):
+        return 0
+    asked = [constant(u.args[1]) for u in value.users if u.op == "dim" and len(u.args) > 1 and u.args[0] is value]
+    found = [a + 1 if a >= 0 else -a for a in asked if a is not None]
+    if value.args and (value.op == "unsqueeze" or value.op in _SAME_AXES or value.op in _COMPARISONS):
+        found.append(_least_rank(value.args[0]) + (value.op == "unsqueeze"))
+    return max(found, default=0)
+
+
+_SAME_AXES = IDENTITY | {"bool", "int", "long", "byte", "invert", "logical_not"}
+
+
+def _axes_of_size_one(value: Value, count: int) -> set[int]:
+    if not isinstance(value, Node) or not value.args:
+        return set()
+    if value.op == "unsqueeze":
+        given = constant(value.args[1] if len(value.args) > 1 else value.kwargs.get("dim"))
+        if given is None or not -count <= given < count:
+            return set()
+        place = given % count
+        return {place} | {i if i < place else i + 1 for i in _axes_of_size_one(value.args[0], count - 1)}
+    if value.op in _SAME_AXES:
+        return _axes_of_size_one(value.args[0], count)
+    if value.op in _COMPARISONS and isinstance(value.args[-1], Const):
+        return _axes_of_size_one(value.args[0], count)
+    if value.op == "getitem":
+        parts = value.args[1].items if isinstance(value.args[1], Many) else [value.args[1]]
+        if all(is_none(p) or (isinstance(p, Node) and p.op == "slice" and all(map(is_none, p.args))) for p in parts):
+            return {i for i, p in enumerate(parts) if is_none(p)}
+    return set()
 
 
 def _widened(axis: Axis, entry: Entry, times: bool) -> Axis:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 
 from codemods._anchors import Code
 from codemods._kvcache_attention import (
@@ -16,12 +18,14 @@ from codemods._kvcache_attention import (
     update_lines,
     updates_for,
 )
-from codemods._kvcache_axes import FED, NEW, Loose
+from codemods._kvcache_axes import FED, NEW, Loose, Number
 from codemods._kvcache_checks import check
 from codemods._kvcache_cut import Cut, cuts, timeline
-from codemods._kvcache_loops import Generation, find_generations, first_inside, syntax_in
+from codemods._kvcache_loops import Generation, find_generations, syntax_in
+from codemods._kvcache_runs import with_outer_loops
 from codemods._kvcache_thread import Thread, sequential_code
 from codemods._kvcache_time import Change, Timeline
+from codemods._kvcache_training import training_test
 from codemods._survey import Cannot, place
 from modernizer.edit import Delete, Edit, Insert, Replace
 from modernizer.graph.query import ancestors, location
@@ -31,6 +35,7 @@ from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
 from modernizer.removal import Removal
 from modernizer.rule import Effect, Modern, Plan, Refusal, Rule, Upgrade
+from modernizer.source import SourceFile
 from modernizer.syntax import below, free_name, names_in
 
 COMPONENT = "modernizer.components.KVCache"
@@ -47,6 +52,7 @@ class KVCacheRule(Rule):
 
     def plan(self, model: ModelMap, options: Mapping[str, bool]) -> Plan:
         made = Plan()
+        model = with_outer_loops(model)
         by_loop: defaultdict[ast.AST, list[Generation]] = defaultdict(list)
         for generation in find_generations(model):
             if generation.frame.path in model.project.named:
@@ -56,7 +62,7 @@ class KVCacheRule(Rule):
         return made
 
     def review(self, before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> str:
-        old, new = ([g for g in find_generations(m) if g.rereads] for m in (before, after))
+        old, new = ([g for g in find_generations(with_outer_loops(m)) if g.rereads] for m in (before, after))
         if len(old) != len(new):
             return f"there were {len(old)} generation loops and are {len(new)}"
         cached = [sum(map(_is_cached, turn)) for g in new for turn in g.turns[:1]]
@@ -75,11 +81,19 @@ def _plan_loop(model: ModelMap, found: Sequence[Generation], made: Plan) -> None
         made.modern.append(Modern(first.location, "this loop feeds its model only what is new"))
         return
     try:
-        if len(found) > 1:
-            raise Cannot("this loop runs in several ways", first.location)
-        made.upgrades.append(Builder(model, first).upgrade())
+        upgrades = [Builder(model, generation).upgrade() for generation in found]
+        if len({frozenset(map(_text_of, upgrade.edits)) for upgrade in upgrades}) > 1:
+            raise Cannot("this loop runs in several ways, which ask for different changes", first.location)
+        made.upgrades.append(upgrades[0])
     except Cannot as cannot:
         made.refusals.append(Refusal(first.location, _reason(cannot, first), cannot.hint))
+
+
+def _text_of(edit: Edit) -> tuple[object, ...]:
+    """An edit as a value: equal where it does the same to the same code."""
+    found = [getattr(edit, field.name) for field in fields(edit)]
+    parts = [part for value in found for part in (value if isinstance(value, tuple) else (value,))]
+    return type(edit), *(part if isinstance(part, str | Path | None) else id(part) for part in parts)
 
 
 def _reason(cannot: Cannot, generation: Generation) -> str:
@@ -106,7 +120,7 @@ class Builder:
         self.model, self.generation = model, generation
         self.code = Code(model.graph, Removal(model.graph, frozenset(model.project.named)))
         self.machine = model.graph.machine
-        self.start = first_inside(model.graph, generation)
+        self.start = generation.start
         self.before: defaultdict[ast.stmt, list[str]] = defaultdict(list)
         self.edits: list[Edit] = []
 
@@ -130,6 +144,7 @@ class Builder:
         for frame in cut.frames:
             thread.follow(frame)
         thread.check()
+        thread.check_reach([f for u in updates for f, _ in u.frames], [u.function for u in updates])
         self._edit(updates, cut, line, thread)
         layers = len(generation.turns[0])
         return Upgrade(generation.location, _summary(layers), tuple(self.edits))
@@ -193,6 +208,8 @@ class Builder:
             self._open(call, frame, name)
         for update in {u.statement: u for u in updates}.values():
             self._attend(update, line, name)
+        for node, frame in line.repair.lasts.items():
+            self._take_last(node, frame, line)
         for statement, lines in self.before.items():
             code = "".join(f"{text}\n" for text in lines)
             self.edits.append(Insert(self.code.tree.path(statement), statement, code, "before"))
@@ -206,11 +223,9 @@ class Builder:
         reference, new = Imports(frame.scope.source).reference(COMPONENT, function.node)
         self.edits += [new] if new is not None else []
         made = f"{reference}({'' if axis == -2 else f'seq_dim={axis}'})"
-        if line.drops:
-            named = self.code.self_name(frame)
-            if named is None:
-                raise Cannot("whether dropout is on cannot be asked for in this function", generation.location)
-            made = f"None if {named[0]}.training else {made}"
+        training = training_test(self.code, generation, line.drops) if line.drops else None
+        if training is not None:
+            made = f"None if {training} else {made}"
         self.edits.append(Insert(path, generation.loop, f"{name} = {made}\n", "before"))
         if not generation.is_cropped:
             return
@@ -219,7 +234,7 @@ class Builder:
         fed = self._fed(first)
         test = f"{fed}.size({generation.time_axis}) <= {name}.length"
         self.before[self.code.statement(first)] += [
-            f"if {name} is not None and {test}:" if line.drops else f"if {test}:",
+            f"if {name} is not None and {test}:" if training is not None else f"if {test}:",
             f"    {name}.reset()  # the window slides: every step has moved",
         ]
 
@@ -249,6 +264,16 @@ class Builder:
             code = code.replace(":\n", f":  {rest}\n", 1)
         self.edits.append(Replace(path, statement, code, holes))
 
+    def _take_last(self, node: ast.AST, frame: Frame, line: Timeline) -> None:
+        """`x[:, T - 1]` of something that a cache makes shorter is its last step."""
+        assert isinstance(node, ast.Subscript)
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        at = self.machine.at
+        found = [p for p in parts if any(isinstance(line.type_of(v), Number) for f, v in at.get(p, ()) if f is frame)]
+        if len(found) != 1:
+            raise Cannot("which index is that of the last step cannot be told", location(node, frame))
+        self.edits.append(Replace(frame.path, found[0], "-1"))
+
     def _attend(self, update: Update, line: Timeline, name: str) -> None:
         path = update.frame.path
         source = update.frame.scope.source
@@ -257,6 +282,7 @@ class Builder:
             end = source.span(statement)[1]
             rest = source.text[end : source.line_end(statement.end_lineno or 1)].rstrip("\r\n")
             comment = f"  {rest.strip()}" if rest.strip().startswith("#") else ""
+            lines += _comments_above(source, statement)
             lines += f"{source.code(statement)}{comment}".splitlines()
             self.edits.append(Delete(path, statement))
         lines += update_lines(update, name)
@@ -296,6 +322,15 @@ class Builder:
         assert isinstance(node, ast.Call)
         for argument in _lengths(self.code, node, update.frame):
             self.edits.append(Replace(path, argument, total))
+
+
+def _comments_above(source: SourceFile, statement: ast.stmt) -> list[str]:
+    """The comments directly above a statement."""
+    above = source.text[: source.span(statement)[0]].splitlines()[:-1]
+    found: list[str] = []
+    while above and above[-1].strip().startswith("#"):
+        found.insert(0, above.pop().strip())
+    return found
 
 
 def _lengths(code: Code, call: ast.Call, frame: Frame) -> list[ast.expr]:

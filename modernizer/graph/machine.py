@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from modernizer.graph.scope import Scopes
@@ -52,6 +53,7 @@ class Machine:
         self.results: dict[int, list[Frame]] = defaultdict(list)
         self.loads: dict[ast.AST, ast.expr] = {}  # the target of `+=` as an expression
         self.loops: dict[int, list[Loop]] = {}  # the loops active in a frame, by its id
+        self.repeats: dict[ast.AST, list[Repeat]] = defaultdict(list)  # how often a loop ran, by its syntax node
         self.steps = 0
         self.run = 0
         self.journals: list[dict[tuple[int, str], tuple[object, str, object]]] = []
@@ -187,6 +189,15 @@ class Loop:
     def __init__(self) -> None:
         self.broken: list[dict[str, Value]] = []
         self.continued: list[dict[str, Value]] = []
+
+
+@dataclass(eq=False)
+class Repeat:
+    """One time a loop ran: in which activation, and the orders of the data it made."""
+
+    frame: Frame
+    first: int
+    last: int  # one past
 
 
 class Outcome:

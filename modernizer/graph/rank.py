@@ -17,11 +17,12 @@ _SAME = (
         "linear softmax log_softmax relu gelu silu tanh sigmoid exp sqrt neg masked_fill transpose split chunk tril"
         " triu clamp pos cumsum flip roll setitem fill zeros_like ones_like invert logical_not nan_to_num movedim"
         " swapaxes narrow index_select abs rsqrt cos sin softplus elu leaky_relu tensor_split zero"
-        " pow rotary alibi".split()
+        " rotary alibi bool byte int long short".split()
     )
 )
 _BROADCAST = frozenset(
-    "add sub mul div where and or eq ne lt gt le ge lte gte noteq maximum minimum masked_fill".split()
+    "add sub mul div where and or eq ne lt gt le ge lte gte noteq maximum minimum masked_fill pow floordiv"
+    " logical_or logical_and logical_xor".split()
 )
 
 
@@ -112,11 +113,7 @@ def _has_text_key(value: Node) -> bool:
 
 def _is_factory_argument(value: Node) -> bool:
     """Whether a value was handed to a function that puts a model together: an option, as a constructor's are."""
-    if value.op != "input" or not isinstance(value.node, ast.arg):
-        return False
-    above = value.frame.scope.source.parents
-    function = above.get(above.get(value.node, value.node))
-    return isinstance(function, ast.FunctionDef) and isinstance(above.get(function), ast.Module)
+    return value.op == "input" and value.frame.calls_factory
 
 
 _ARITHMETIC = frozenset("add sub mul div floordiv mod pow sqrt neg int float round min max abs merge log exp".split())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from modernizer.graph import calls, expressions, statements  # noqa: F401 - they register their handlers
 from modernizer.graph.machine import Dead, Machine, OutOfSteps
 from modernizer.graph.scope import Scope
-from modernizer.graph.values import Class, External, Frame, Function, Many, Module, Node, Value
+from modernizer.graph.values import Class, External, Frame, Function, Many, Module, Node, Object, Value
 from modernizer.project import Project
 
 
@@ -100,11 +101,17 @@ def _constructed_by_others(graph: Graph, alone: set[Module]) -> set[ast.ClassDef
 
 
 def _construct(graph: Graph, cls: Class) -> Module | None:
+    made = construct(graph, cls, {})
+    return made if isinstance(made, Module) else None
+
+
+def construct(graph: Graph, cls: Class, given: Mapping[str, Value]) -> Object | None:
+    """An instance of a class; constructor arguments that are not given are open. None where it cannot be followed."""
     machine = graph.machine
     machine.run += 1
     machine.steps = 0
     frame = Frame(cls.scope, run=machine.run)
-    args = _open_arguments(machine, frame, cls, "__init__", "config")
+    args = {**_open_arguments(machine, frame, cls, "__init__", "config"), **given}
     try:
         made = calls.instantiate(machine, frame, cls.node, cls, [], args)
     except Dead:
@@ -112,7 +119,7 @@ def _construct(graph: Graph, cls: Class) -> Module | None:
     except (OutOfSteps, RecursionError):
         graph.problems.append(f"{cls.scope.path}: {cls.name}: its constructor is too large to follow")
         return None
-    return made if isinstance(made, Module) else None
+    return made if isinstance(made, Object) else None
 
 
 def _open_arguments(machine: Machine, frame: Frame, cls: Class, method: str, op: str) -> dict[str, Value]:
@@ -179,25 +186,44 @@ def _bound_to_class(member: ast.FunctionDef) -> bool:
 
 def _run_method(graph: Graph, module: Module, owner: Class, name: str) -> None:
     machine = graph.machine
-    machine.run += 1
-    machine.steps = 0
     member = owner.members[name]
     assert isinstance(member, ast.FunctionDef)
-    function = Function(member, owner.scope, owner.closure, owner)
-    outer = Frame(owner.scope, run=machine.run)
-    args = open_arguments(machine, outer, member, owner.scope, "input")
-    first, frames = len(machine.nodes), len(machine.frames)
-    run = Run(module, name, None, first, first)
+    done = run_function(graph, Function(member, owner.scope, owner.closure, owner), module, {})
+    graph.runs.append(Run(module, name, done.frame, done.first, len(machine.nodes), done.complete))
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function executed from nowhere: its frame, the order of the first datum it made, and whether it was followed
+    to its end."""
+
+    frame: Frame | None
+    first: int
+    complete: bool
+
+
+def run_function(
+    graph: Graph, function: Function, receiver: Value | None, given: Mapping[str, Value], is_factory: bool = False
+) -> Activation:
+    """Executes a function or method; arguments that are not given are open."""
+    machine = graph.machine
+    machine.run += 1
+    machine.steps = 0
+    node = function.node
+    assert isinstance(node, ast.FunctionDef)
+    outer = Frame(function.scope, run=machine.run, calls_factory=is_factory)
+    op = "input" if receiver is not None else "argument"
+    args = {**open_arguments(machine, outer, node, function.scope, op), **given}
+    first, frames, complete = len(machine.nodes), len(machine.frames), True
     try:
-        calls.enter(machine, outer, member, function, [module], args, module)
+        calls.enter(machine, outer, node, function, [] if receiver is None else [receiver], args, receiver)
     except Dead:
         pass
     except (OutOfSteps, RecursionError):
-        run.complete = False
-        graph.problems.append(f"{owner.path}: {owner.name}.{name} is too large to follow")
-    run.frame = machine.frames[frames] if len(machine.frames) > frames else None
-    run.last = len(machine.nodes)
-    graph.runs.append(run)
+        complete = False
+        owner = f"{function.owner.name}." if function.owner is not None else ""
+        graph.problems.append(f"{function.scope.path}: {owner}{function.name} is too large to follow")
+    return Activation(machine.frames[frames] if len(machine.frames) > frames else None, first, complete)
 
 
 # -- factories
@@ -254,20 +280,10 @@ def _called(node: ast.Call) -> str:
 
 
 def _run_factory(graph: Graph, function: Function) -> list[Module]:
-    machine = graph.machine
-    machine.run += 1
-    machine.steps = 0
-    assert isinstance(function.node, ast.FunctionDef)
-    outer = Frame(function.scope, run=machine.run)
-    args = open_arguments(machine, outer, function.node, function.scope, "argument")
-    try:
-        result = calls.enter(machine, outer, function.node, function, [], args, None)
-    except Dead:
+    done = run_function(graph, function, None, {}, is_factory=True)
+    if done.frame is None or done.frame.result is None or not done.complete:
         return []
-    except (OutOfSteps, RecursionError):
-        graph.problems.append(f"{function.scope.path}: {function.name} is too large to follow")
-        return []
-    return [v for v in _leaves(result) if isinstance(v, Module)]
+    return [v for v in _leaves(done.frame.result) if isinstance(v, Module)]
 
 
 def _leaves(value: Value) -> list[Value]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from modernizer.graph import calls, containers
 from modernizer.graph.inplace import rebind
-from modernizer.graph.machine import Dead, Loop, Machine, Outcome
+from modernizer.graph.machine import Dead, Loop, Machine, Outcome, Repeat
 from modernizer.graph.truth import truth
 from modernizer.graph.values import Class, Const, Frame, Function, Many, Module, Node, Object, Table, Value
 
@@ -175,6 +175,8 @@ def repeat(m: Machine, frame: Frame, node: ast.While) -> None:
 def _iterate(m: Machine, frame: Frame, node: ast.For | ast.While, starts: list[Callable[[], None]]) -> None:
     state = Loop()
     m.loops.setdefault(id(frame), []).append(state)
+    repeat = Repeat(frame, len(m.nodes), len(m.nodes))
+    m.repeats[node].append(repeat)
     alive = True
     try:
         for start in starts:
@@ -190,6 +192,7 @@ def _iterate(m: Machine, frame: Frame, node: ast.For | ast.While, starts: list[C
                 break
     finally:
         m.loops[id(frame)].pop()
+        repeat.last = len(m.nodes)
     if state.broken:
         _merge_names(m, frame, [*([frame.names] if alive else []), *state.broken], node)
     elif not alive:

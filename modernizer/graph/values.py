@@ -235,6 +235,7 @@ class Frame:
     depth: int = 0
     run: int = 0
     order: int = 0
+    calls_factory: bool = False  # from nowhere, a function that puts a model together
 
     @property
     def path(self) -> Path:

@@ -413,3 +413,150 @@ FORMS = {f"attention: {name}": program(body) for name, body in BODIES.items()} |
     "a while loop": program(model=PLACES + SINUSOID, body=BODIES["chunks, mask made on the way"], generate=WHILE),
     "logits of the last step alone": program(model=LAST, generate=PAIRED),
 }  # fmt: skip
+
+# -- loops outside of the model
+
+FREE = """
+
+def generate(model, idx, count, sample=False):
+    for _ in range(count):
+        logits = model(idx[:, -model.window:])[:, -1, :]
+        if sample:
+            new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+        else:
+            new = logits.argmax(-1, keepdim=True)
+        idx = torch.cat((idx, new), dim=1)
+    return idx
+"""
+EVALUATING = changed(FREE, ("    for _", "    model.eval()\n    for _"))
+WRITER = """
+
+class Writer:
+    def __init__(self, model, temperature=0.9):
+        self.model, self.temperature = model, temperature
+
+    def step(self, idx):
+        return self.model(idx)[:, -1] / self.temperature
+
+    @torch.no_grad()
+    def write(self, idx, count, sample):
+        for turn in range(count):
+            logits = self.step(idx[:, -12:])
+            new = torch.multinomial(F.softmax(logits, dim=-1), 1) if sample else logits.argmax(-1).unsqueeze(1)
+            idx = torch.cat([idx, new], 1)
+        return idx
+
+
+def generate(model, idx, count, sample=False):
+    return Writer(model).write(idx, count, sample)
+"""
+
+# -- encoder and decoder
+
+TRANSLATOR = """
+class EncoderLayer(nn.Module):
+    def __init__(self, dim=16):
+        super().__init__()
+        self.attention = Attention(dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.feed = nn.Sequential(nn.Linear(dim, 32), nn.ReLU(), nn.Linear(32, dim))
+
+    def forward(self, x, mask):
+        x = self.norm1(x + self.attention(x, x, x, mask))
+        return self.norm2(x + self.feed(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, dim=16):
+        super().__init__()
+        self.own, self.cross = Attention(dim), Attention(dim)
+        self.norms = nn.ModuleList([nn.LayerNorm(dim) for _ in range(3)])
+        self.feed = nn.Sequential(nn.Linear(dim, 32), nn.ReLU(), nn.Linear(32, dim))
+
+    def forward(self, x, memory, source_mask, mask):
+        x = self.norms[0](x + self.own(x, x, x, mask))
+        x = self.norms[1](x + self.cross(x, memory, memory, source_mask))
+        return self.norms[2](x + self.feed(x))
+
+
+class Model(nn.Module):
+    def __init__(self, words=23, dim=16, depth=2):
+        super().__init__()
+        self.source, self.target = nn.Embedding(words, dim), nn.Embedding(words, dim)
+        self.places = Places(dim)
+        self.encoder = nn.ModuleList([EncoderLayer(dim) for _ in range(depth)])
+        self.decoder = nn.ModuleList([DecoderLayer(dim) for _ in range(depth)])
+        self.head = nn.Linear(dim, words)
+
+    def encode(self, source, mask):
+        x = self.places(self.source(source) * 4.0)
+        for layer in self.encoder:
+            x = layer(x, mask)
+        return x
+
+    def decode(self, memory, source_mask, target, mask):
+        x = self.places(self.target(target) * 4.0)
+        for layer in self.decoder:
+            x = layer(x, memory, source_mask, mask)
+        return x
+
+    def forward(self, source):
+        mask = (source != 22).unsqueeze(-2)
+        memory = self.encode(source, mask)
+        return self.head(self.decode(memory, mask, source, ahead(source.size(1)) & mask))
+
+"""
+AHEAD = """
+def ahead(size):
+    blocked = torch.triu(torch.ones(1, size, size), diagonal=1).type(torch.uint8)
+    return blocked == 0
+
+
+"""
+GREEDY = """
+def generate(model, source, count, sample=False):
+    mask = (source != 22).unsqueeze(-2)
+    memory = model.encode(source, mask)
+    ys = torch.zeros(source.size(0), 1).fill_(1).type_as(source.data)
+    for i in range(count):
+        out = model.decode(memory, mask, ys, ahead(ys.size(1)))
+        scores = model.head(out[:, -1])
+        if sample:
+            word = torch.multinomial(scores.softmax(1), 1)
+        else:
+            _, best = torch.max(scores, dim=1)
+            word = best.data.unsqueeze(1)
+        ys = torch.cat([ys, word.type_as(source.data)], dim=1)
+    return ys
+"""
+LISTED = """
+def generate(model, sources, count, sample=False):
+    found = []
+    for row in sources:
+        source = torch.tensor([row.tolist()])
+        mask = (source != 22).unsqueeze(1)
+        memory = model.encode(source, mask)
+        tokens = [1]
+        while len(tokens) <= count:
+            target = torch.tensor([tokens], dtype=torch.long)
+            seen = (target == 99).unsqueeze(1).expand(target.size(0), target.size(1), target.size(1))
+            seen = seen | torch.triu(torch.ones(target.size(1), target.size(1)), diagonal=1).bool().unsqueeze(0)
+            out = model.head(model.decode(memory, mask, target, ~seen))
+            scores = out[0, target.size(-1) - 1, :]
+            word = torch.multinomial(scores.softmax(0), 1)[0] if sample else torch.argmax(scores)
+            tokens.append(word)
+            if word == 99:
+                break
+        found.append(torch.tensor(tokens))
+    return torch.stack(found)
+"""
+SPREAD = changed(APART, ("-1e9", 'float("-inf")'), ("mask == 0", "mask.unsqueeze(1) == 0"))
+TRANSLATING = HEADER + SPREAD + PLACES.replace("\n\n\n", "\n", 1) + AHEAD.lstrip("\n") + TRANSLATOR.lstrip("\n")
+
+FORMS |= {
+    "a function": program(generate="") + FREE,
+    "a function that evaluates": program(generate="") + EVALUATING,
+    "an object that holds the model": program(generate="") + WRITER,
+    "a translator": TRANSLATING + GREEDY,
+    "a translator with a list": TRANSLATING + LISTED,
+}

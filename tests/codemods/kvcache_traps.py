@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from kvcache_programs import (
     BODIES,
+    GREEDY,
     GROWING,
     MASKED,
     PASSING,
     PLACES,
     SINUSOID,
+    TRANSLATING,
     WITH_MASK,
     changed,
     program,
@@ -121,6 +123,21 @@ TRAPS: dict[str, tuple[str, str]] = {
     "the beginning is pruned at times": (
         _plain((_APPENDED, _APPENDED + "\n            if idx.size(1) > 10:\n                idx = idx[:, 4:]")), "",
     ),
+    "later turns do something else": (
+        _plain(("for _ in range(count)", "for turn in range(count)"),
+               (_APPENDED, _APPENDED + "\n            if turn > 4:\n                idx = idx[:, 1:]")), "after some turns",
+    ),
+    "later turns see something else": (
+        _plain(("for _ in range(count)", "for turn in range(count)"),
+               ("window = idx[:, -self.window:]", "window = idx[:, -self.window:] if turn < 5 else idx[:, -4:]")),
+        "after some turns",
+    ),
+    "later turns run another part": (
+        _plain(("def forward(self, idx):", "def forward(self, idx, turn=0):"),
+               (_EMBEDDED, "        x = self.drop(x)\n        if turn > 3:\n            x = x * 2\n"),
+               ("for _ in range(count)", "for turn in range(count)"), ("self(window)", "self(window, turn)")),
+        "after some turns",
+    ),
     "the turn is told": (
         _plain(("def forward(self, idx):", "def forward(self, idx, turn=0):"), (_EMBEDDED, "        x = self.drop(x) * (turn + 1)\n"),
                ("for _ in range(count)", "for turn in range(count)"), ("self(window)", "self(window, turn)")),
@@ -208,5 +225,34 @@ TRAPS: dict[str, tuple[str, str]] = {
             "        mask = torch.tril(torch.ones(T, T, device=x.device))\n",
             "        mask = torch.tril(torch.ones(T, T, device=x.device)) * (idx == 3).sum(1).view(-1, 1, 1, 1)\n"))),
         "over time|causal",
+    ),
+    "the mask of a translator is not passed": (
+        changed(TRANSLATING + GREEDY, ("    def decode(self, memory, source_mask, target, mask):",
+                                       "    def decode(self, memory, source_mask, target, mask=None):"),
+                ("model.decode(memory, mask, ys, ahead(ys.size(1)))", "model.decode(memory, mask, ys)")), "causal",
+    ),
+    "memory that changes from turn to turn": (
+        changed(TRANSLATING + GREEDY, ("        scores = model.head(out[:, -1])\n",
+                                       "        scores = model.head(out[:, -1])\n        memory = memory * 0.9\n")),
+        "changes from turn to turn",
+    ),
+    "the encoder reads what is written": (
+        changed(TRANSLATING + GREEDY, ("out = model.decode(memory, mask, ys, ahead(ys.size(1)))",
+                "memory = model.encode(ys, None)\n        out = model.decode(memory, None, ys, ahead(ys.size(1)))")),
+        "causal|cut",
+    ),
+    "one call for attention to the sequence and to memory": (
+        changed(TRANSLATING + GREEDY,
+                ("        x = self.norms[0](x + self.own(x, x, x, mask))\n"
+                 "        x = self.norms[1](x + self.cross(x, memory, memory, source_mask))\n",
+                 "        for i, (layer, kept, seen) in enumerate(((self.own, None, mask), (self.cross, memory, source_mask))):\n"
+                 "            held = x if kept is None else kept\n"
+                 "            x = self.norms[i](x + layer(x, held, held, seen))\n")),
+        "something else",
+    ),
+    "weights that are kept and shown": (
+        changed(TRANSLATING + GREEDY,
+                ("        x, weights = attention(", "        x, self.seen = attention("),
+                ("    return ys\n", "    return ys, [layer.own.seen for layer in model.decoder]\n")), "keeps|hands out",
     ),
 }  # fmt: skip
