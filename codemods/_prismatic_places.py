@@ -42,9 +42,10 @@ _IN_PLACE = IDENTITY | ACTIVATIONS | frozenset("layer_norm rms_norm add sub mul 
 
 @dataclass(eq=False)
 class Holder:
-    """Everything that one constructor call makes: modules around a self-attention, with all its evaluations."""
+    """Everything that one call makes, a constructor's or one that copies: modules around a self-attention."""
 
     call: ast.Call
+    made_in: Frame
     modules: list[Module] = field(default_factory=list)
     contexts: list[Attention] = field(default_factory=list)
     runs: list[Frame] = field(default_factory=list)  # of `forward`
@@ -52,12 +53,6 @@ class Holder:
     @property
     def cls(self) -> Class:
         found = self.modules[0].cls
-        assert found is not None
-        return found
-
-    @property
-    def made_in(self) -> Frame:
-        found = origin(self.modules[0]).frame
         assert found is not None
         return found
 
@@ -95,15 +90,46 @@ def holders(model: ModelMap) -> tuple[list[Holder], list[tuple[Attention, Refuse
         except Refused as refused:
             alone.append((context, refused))
             continue
-        call = origin(module).call
-        assert isinstance(call, ast.Call)
-        holder = found.setdefault(call, Holder(call))
+        call, frame = maker(model, module)
+        if not isinstance(call, ast.Call) or frame is None:
+            alone.append((context, Refused("no module holds this attention", "make a class of it")))
+            continue
+        holder = found.setdefault(call, Holder(call, frame))
         holder.contexts.append(context)
         if module not in holder.modules:
             holder.modules.append(module)
         if run not in holder.runs:
             holder.runs.append(run)
     return list(found.values()), alone
+
+
+def maker(model: ModelMap, module: Module) -> tuple[ast.AST | None, Frame | None]:
+    """The call that makes a module: one that copies it, if all that it copies is of this class, or its constructor."""
+    return model.derived(_makers).get(id(module), (origin(module).call, origin(module).frame))
+
+
+def _makers(model: ModelMap) -> dict[int, tuple[ast.AST, Frame]]:
+    """The calls of `copy.deepcopy` by what they made, and by what was copied from that in turn."""
+    machine = model.graph.machine
+    found: dict[int, tuple[ast.AST, Frame]] = {}
+    for module in machine.modules:
+        for copied in (m for m in (module, *_templates(module)) if m.template is not None):
+            for node, frame in machine.reads.get(id(copied), ()):
+                if isinstance(node, ast.Call) and _copies(model, node, frame) and _makes_alone(model, node, module):
+                    found.setdefault(id(module), (node, frame))
+    return found
+
+
+def _copies(model: ModelMap, call: ast.Call, frame: Frame) -> bool:
+    callee = [v for f, v in model.graph.machine.at.get(call.func, ()) if f is frame]
+    return bool(callee) and all(isinstance(v, External) and v.dotted == "copy.deepcopy" for v in callee)
+
+
+def _makes_alone(model: ModelMap, call: ast.Call, module: Module) -> bool:
+    made = [v for _, v in model.graph.machine.at[call]]
+    return module.cls is not None and all(
+        isinstance(v, Module) and v.cls is not None and v.cls.node is module.cls.node for v in made
+    )
 
 
 def _held(model: ModelMap, context: Attention) -> tuple[Module, Frame]:
@@ -133,14 +159,10 @@ def _held(model: ModelMap, context: Attention) -> tuple[Module, Frame]:
                 if outer is None:
                     break
                 module, run = outer, _forward_of(siblings, outer)
-            return _checked(module), run
+            if module.cls is None:
+                break
+            return module, run
     raise Refused("no module holds this attention", "make a class of it")
-
-
-def _checked(module: Module) -> Module:
-    if module.cls is None or not isinstance(origin(module).call, ast.Call):
-        raise Refused("no module holds this attention", "make a class of it")
-    return module
 
 
 def is_below(module: Module, above: Module) -> bool:
@@ -168,7 +190,7 @@ def _heads_beside(model: ModelMap, module: Module, run: Frame) -> Frame | None:
             and other is not run
             and isinstance(other.receiver, Module)
             and other.receiver is not module
-            and origin(other.receiver).call is origin(module).call
+            and maker(model, other.receiver)[0] is maker(model, module)[0]
             and first_argument(other) is x
         ):
             return run.caller
@@ -225,13 +247,14 @@ def _check_made(model: ModelMap, holder: Holder) -> None:
     """Whether the call makes self-attention of this class alone, while the model is put together."""
     call, machine = holder.call, model.graph.machine
     kinds = [v for _, v in machine.at.get(call.func, ())]
-    if not kinds or any(not isinstance(v, Class) or v.node is not holder.cls.node for v in kinds):
+    is_copied = _copies(model, call, holder.made_in)
+    if not is_copied and (not kinds or any(not isinstance(v, Class) or v.node is not holder.cls.node for v in kinds)):
         raise Refused("the class of this attention is chosen while the program runs")
     if any(module.owner is None for module in holder.modules):
         raise Refused("this attention is the whole model, or what holds it was not read")
-    if any(_is_in_call(origin(module)) for module in holder.modules):
+    if _is_in_call(holder.made_in):
         raise Refused("the attention is made anew in every call", "make it in the constructor")
-    made = {id(m) for m in machine.modules if origin(m).call is call}
+    made = {id(m) for m in machine.modules if maker(model, m)[0] is call}
     for site in model.attentions:
         for context in site.contexts:
             if context in holder.contexts:
@@ -241,12 +264,22 @@ def _check_made(model: ModelMap, holder: Holder) -> None:
                     "what this call makes also attends to another sequence",
                     "construct self-attention and cross-attention apart",
                 )
+    if any(id(m) not in made and id(t) in made for m in machine.modules for t in _templates(m)):
+        raise Refused("what this call makes is copied for other uses, which would get experts too")
     if any(isinstance(n, ast.Name | ast.Attribute) and "checkpoint" in _word(n) for n in below(holder.cls.node)):
         raise Refused("this attention recomputes parts of itself for the gradient, which would not be routed then")
 
 
-def _is_in_call(module: Module) -> bool:
-    methods = [f for f in (module.frame.outward() if module.frame else ()) if isinstance(f.receiver, Module)]
+def _templates(module: Module) -> Iterator[Module]:
+    """What a module was copied from, and what that was copied from."""
+    current = module.template
+    while current is not None:
+        yield current
+        current = current.template
+
+
+def _is_in_call(made_in: Frame) -> bool:
+    methods = [f for f in made_in.outward() if isinstance(f.receiver, Module)]
     return bool(methods) and not any(f.function is not None and f.function.name == "__init__" for f in methods)
 
 
@@ -441,7 +474,7 @@ def _query_letter(context: Attention) -> int | None:
 def _check_reads(model: ModelMap, holder: Holder) -> None:
     """Whether all that is done with the attention can be done with a Prismatic module."""
     machine = model.graph.machine
-    modules = {id(m) for m in machine.modules if origin(m).call is holder.call}
+    modules = {id(m) for m in machine.modules if maker(model, m)[0] is holder.call}
     for module in machine.modules:
         if id(module) not in modules:
             continue
@@ -506,4 +539,4 @@ def _takes_modules(value: Value) -> bool:
     return False
 
 
-__all__ = ["Holder", "check", "children_of", "holders", "is_below", "linears_in", "used_by"]
+__all__ = ["Holder", "check", "children_of", "holders", "is_below", "linears_in", "maker", "used_by"]

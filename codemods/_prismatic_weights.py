@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-from codemods._prismatic_places import Holder, children_of, used_by
+from codemods._prismatic_places import Holder, children_of, maker, used_by
 from modernizer.graph.query import alternatives, origin
 from modernizer.graph.values import Class, Many, Module, Node
 from modernizer.model_map import ModelMap
@@ -22,7 +22,7 @@ def weight_map(model: ModelMap, holders: Sequence[Holder]) -> WeightMap | None:
     Then nothing is lost: a Prismatic module takes the old names too.
     """
     calls = {holder.call for holder in holders}
-    wrapped = [m for m in model.graph.machine.modules if origin(m).call in calls]
+    wrapped = [m for m in model.graph.machine.modules if maker(model, m)[0] in calls]
     found: dict[frozenset[str], dict[str, Concat]] = {}  # by the names that a place must have
     for holder in holders:
         steps = _steps(model, holder, wrapped)
@@ -36,7 +36,7 @@ def weight_map(model: ModelMap, holders: Sequence[Holder]) -> WeightMap | None:
 
 
 def _steps(model: ModelMap, holder: Holder, wrapped: Sequence[Module]) -> list[Concat] | None:
-    first, own = holder.modules[0], [m for m in wrapped if m.owner and origin(m).call is holder.call]
+    first, own = holder.modules[0], [m for m in wrapped if m.owner and maker(model, m)[0] is holder.call]
     if any(items.open for items in _containers(first)):
         return None
     ran = {id(n.module) for run in holder.runs for n in used_by(model, run)}

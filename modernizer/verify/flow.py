@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,12 +60,40 @@ def gradients(subject: Subject) -> dict[str, Tensor]:
 
 
 def gradient_flow(subject: Subject) -> dict[str, list[str]]:
-    """Which parameters a gradient reaches, and which get one that is not finite."""
+    """Which parameters a gradient reaches, and which get one that is not finite.
+
+    One is reached too if it gets a gradient once the others have moved: what stands behind a factor that starts at
+    zero learns from the second step on.
+    """
     found = gradients(subject)
-    return {
-        "reached": [name for name, gradient in found.items() if bool((gradient != 0).any())],
-        "broken": [name for name, gradient in found.items() if not bool(torch.isfinite(gradient).all())],
-    }
+    reached = _arrived(found)
+    if reached and len(reached) < len(list(subject.model.parameters())):
+        with _moved(subject.model, found):
+            later = gradients(subject)
+        reached = list(dict.fromkeys([*reached, *_arrived(later)]))
+    broken = [name for name, gradient in found.items() if not bool(torch.isfinite(gradient).all())]
+    return {"reached": reached, "broken": broken}
+
+
+def _arrived(found: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, gradient in found.items() if bool((gradient != 0).any())]
+
+
+@contextmanager
+def _moved(model: nn.Module, gradients: Mapping[str, Tensor]) -> Iterator[None]:
+    """All parameters a small step along their gradients, for a while."""
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in gradients and bool(torch.isfinite(gradients[name]).all()):
+                    length = 0.01 * parameter.norm().clamp(min=1) / gradients[name].norm().clamp(min=1e-30)
+                    parameter.sub_(length * gradients[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])
 
 
 def training_step(subject: Subject) -> str:

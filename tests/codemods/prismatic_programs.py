@@ -64,6 +64,30 @@ class Block(nn.Module):"""),
         ("        self.embed = nn.Embedding(words, dim)\n",
          "        self.embed = nn.Embedding(words, dim)\n        attention = Attention(dim, heads)\n"),
     ),
+    "one for all, copied in every place": changed(
+        PLAIN,
+        ("import math\n", "from copy import deepcopy\nimport math\n"),
+        ("    def forward(self, x):\n        batch, time, width = x.shape\n",
+         "    def forward(self, x, memory=None):\n        batch, time, width = x.shape\n"
+         "        memory = x if memory is None else memory\n"),
+        ("(p(x).view(batch, time, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))",
+         "(p(t).view(batch, -1, self.heads, self.width).transpose(1, 2) for p, t in"
+         " ((self.q, x), (self.k, memory), (self.v, memory)))"),
+        ("    def __init__(self, dim, heads):\n        super().__init__()\n" + MADE,
+         "    def __init__(self, dim, attention, cross):\n        super().__init__()\n"
+         "        self.attention, self.cross = attention, cross\n"),
+        (CALL, CALL + "        x = x + self.cross(self.norm(x), memory)\n"),
+        ("    def forward(self, x):\n        x = x", "    def forward(self, x, memory):\n        x = x"),
+        ("            x = block(x)\n", "            x = block(x, memory)\n"),
+        ("    def forward(self, ids):\n        x = self.embed(ids)\n",
+         "    def forward(self, ids):\n        x, memory = self.embed(ids), self.other(ids.flip(1))\n"),
+        ("        self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])\n",
+         "        c, attention = deepcopy, Attention(dim, heads)\n"
+         "        block = Block(dim, c(attention), c(attention))\n"
+         "        self.blocks = nn.ModuleList([deepcopy(block) for _ in range(depth)])\n"),
+        ("        self.head = nn.Linear(dim, words)\n",
+         "        self.head, self.other = nn.Linear(dim, words), nn.Embedding(words, dim)\n"),
+    ),
     "adds what it reads, and shows its weights": changed(
         WRITTEN,
         ("        mixed = scores.softmax(dim=-1) @ v\n",
@@ -145,6 +169,13 @@ REFUSED: dict[str, tuple[str, str, dict[str, object]]] = {
              "        self.attention, self.cross = [Attention(dim, heads) for _ in range(2)]\n"),
         ),
         "also attends to another sequence", {},
+    ),
+    "copied for another use": (
+        changed(
+            FORMS["one for all, copied in every place"],
+            ("        block = Block(dim, c(attention), c(attention))\n", "        block = Block(dim, attention, c(attention))\n"),
+        ),
+        "copied for other uses", {},
     ),
     "written out in the block": (
         changed(
