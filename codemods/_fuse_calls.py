@@ -192,12 +192,14 @@ def join_calls(site: Site, call: str) -> list[Edit]:
     path, first = site.source.path, site.region[0]
     names = _names(site)
     bare = [_is_bare(site, index, name) for index, name in enumerate(names)]
-    if all(bare) and all(site.copies):
-        copy = max(site.copies, key=["", "contiguous", "clone"].index)
-        joined = f"{', '.join(names)} = (part.{copy}() for part in {call})\n"
+    copied = [f"{name}.{copy}()" if copy else name for name, copy in zip(names, site.copies, strict=True)]
+    joined, copies = f"{', '.join(names)} = {call}\n", list(site.copies)
+    if all(bare) and len(set(copies)) == 1 and copies[0]:
+        joined = f"{', '.join(names)} = (part.{copies[0]}() for part in {call})\n"
+    elif all(bare):
+        joined += "".join(f"{name} = {copy}\n" for name, copy in zip(names, copied, strict=True) if name != copy)
+    if all(bare):
         copies = [""] * len(names)
-    else:
-        joined, copies = f"{', '.join(names)} = {call}\n", list(site.copies)
     gone = _gone(site, names, copies)
     edits: list[Edit] = []
     if first in gone:

@@ -16,6 +16,8 @@ from modernizer.graph.values import Const, Many, Node, Value, flatten
 # The result may be the same memory. `contiguous` and `clone` give a part memory of its own.
 _SHARES = (VIEWS | IDENTITY | frozenset({"merge", "identity", "star"})) - {"contiguous", "clone", "repeat"}
 _CALLS = frozenset({"opaque", "unknown"})
+# What looks at the memory itself.
+_LOOKS = frozenset("as_strided data_ptr storage untyped_storage storage_offset stride is_contiguous numpy".split())
 
 
 def copies_needed(projection: Node) -> str:
@@ -31,7 +33,9 @@ def copies_needed(projection: Node) -> str:
             seen.add(id(user))
             if changes_in_place(user) and user.args and user.args[0] is node:
                 return "clone"
-            if user.op in _CALLS or (user.op in ("view", "view_as") and not _is_safe_view(user, node, projection)):
+            if user.op in _CALLS | _LOOKS or (
+                user.op in ("view", "view_as") and not _is_safe_view(user, node, projection)
+            ):
                 needed = "contiguous"
             if user.op in _SHARES or user.op in _CALLS:
                 todo.append(user)

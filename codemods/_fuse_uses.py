@@ -15,12 +15,15 @@ from modernizer.model_map import ModelMap
 from modernizer.removal import Attribute, Removal
 from modernizer.report import shown
 from modernizer.source import Location, SourceFile
-from modernizer.syntax import below, every_node, function_of, mentions
+from modernizer.syntax import below, every_node, function_of, mentions, outward
 
 DYNAMIC = frozenset({"getattr", "setattr", "hasattr", "delattr"})
 INSIDE = frozenset({"__dict__", "_modules", "_parameters", "__getattr__", "__setattr__", "_load_from_state_dict",
                     "named_children", "children"})  # fmt: skip
 LOOKUPS = frozenset({"get", "pop", "setdefault", "update", "add_argument", "print", "format", "warn", "info", "debug"})
+
+SHAPED = frozenset("resize_ resize_as_ set_ requires_grad_ share_memory_ rename_ t_ transpose_ squeeze_".split())
+LOADS = re.compile(r"\.(load_state_dict|load_from_checkpoint|from_pretrained)\(")
 
 
 @dataclass(eq=False)
@@ -31,6 +34,29 @@ class Calls:
     calls: Sequence[ast.expr]
 
 
+@dataclass(frozen=True)
+class Read:
+    """`self.q.weight` where it is filled, or `self.q.bias` where it is asked for: of which part, and which of both."""
+
+    node: ast.Attribute
+    source: SourceFile
+    part: int
+
+    @property
+    def call(self) -> ast.AST | None:
+        """What fills it."""
+        found = (n for n in outward(self.source.tree, self.node) if isinstance(n, ast.Call | ast.Compare))
+        return next(found, None)
+
+
+@dataclass(frozen=True)
+class Used:
+    """All that is done with the layers of a definition."""
+
+    calls: Sequence[Calls]
+    reads: Sequence[Read]
+
+
 class Uses:
     """The uses of attributes in everything that was read of a program."""
 
@@ -39,18 +65,48 @@ class Uses:
         self.project = model.project
         self.removal = Removal(model.graph)
 
-    def calls(self, made: Definition) -> list[Calls]:
-        """The functions that call the layers; raises Cannot where anything else is done with one of them."""
+    def of(self, made: Definition) -> Used:
+        """The functions that call the layers, and what fills their weights; raises Cannot where anything else is done
+        with one of them."""
+        reads: list[Read] = []
         self.check_inside(made.owner, [module.owner for modules in made.family.modules for module in modules])
         by_function: dict[ast.FunctionDef, dict[str, list[ast.expr]]] = defaultdict(lambda: defaultdict(list))
-        for name in made.names:
+        for part, name in enumerate(made.names):
             self.check_strings(name)
             for use in self.reads(made.owner, name, made.statements):
                 call = self.removal.parent(use)
+                if isinstance(call, ast.Attribute) and self._fills(call):
+                    self.method(use, name)
+                    reads.append(Read(call, self.source(use), part))
+                    continue
                 if not (isinstance(call, ast.Call) and call.func is use):
                     raise Cannot(f"`{name}` is not only called: {self.shown(use)}", self.removal.location(use))
                 by_function[self.method(use, name)][name].append(call)
-        return self.together(by_function, made.names, made.family.location)
+        return Used(self.together(by_function, made.names, made.family.location), reads)
+
+    def _fills(self, node: ast.Attribute) -> bool:
+        """Whether all that happens to `self.q.weight` is that it is filled, or its bias is compared with None."""
+        whole: ast.AST = node
+        around = self.removal.parent(whole)
+        if isinstance(around, ast.Compare) and node.attr == "bias":
+            return len(around.ops) == 1 and isinstance(around.ops[0], ast.Is | ast.IsNot) and around.left is node
+        if isinstance(around, ast.Attribute) and around.attr == "data":
+            whole, around = around, self.removal.parent(around)
+        if node.attr not in ("weight", "bias"):
+            return False
+        if isinstance(around, ast.Attribute):
+            call, name = self.removal.parent(around), around.attr
+            is_first = isinstance(call, ast.Call) and call.func is around
+        else:
+            call = around
+            is_first = isinstance(call, ast.Call) and call.args[:1] == [whole]
+            seen = self.machine.at.get(call.func, ()) if isinstance(call, ast.Call) else ()
+            dotted = {value.dotted if isinstance(value, External) else "" for _, value in seen}
+            name = dotted.pop().removeprefix("torch.nn.init.") if len(dotted) == 1 else "."
+        is_filler = name.endswith("_") and not name.endswith("__") and "." not in name
+        if call is None or not is_first or not is_filler or name in SHAPED:
+            return False
+        return isinstance(self.removal.parent(call), ast.Expr)
 
     def together(
         self,
@@ -144,6 +200,10 @@ class Uses:
                 raise Cannot(
                     "the program is compiled by TorchScript, which takes less than Python", file.location(node)
                 )
+            if nested := [*named.attributes.get("nested", ()), *named.attributes.get("nested_tensor", ()),
+                          *(s for s in named.imports if (s.module or "").startswith("torch.nested"))]:  # fmt: skip
+                raise Cannot("the program works on nested tensors, which cannot always be cut into parts",
+                             file.location(nested[0]))  # fmt: skip
             for node in every_node(file.tree) if not is_plain else ():
                 parts: Sequence[ast.AST | None] = ()
                 if isinstance(node, ast.Compare):
@@ -184,6 +244,15 @@ class Uses:
                 found.append(f"{shown(path)}:{text.count(chr(10), 0, match.start()) + 1} names `{match.group()}`")
         return found
 
+    def loader(self) -> str:
+        """Where the program, or a file around it, loads weights; '' where it does not."""
+        read = {file.path: file.text for file in self.project.files()}
+        for path, text in {**self.project.texts_around(), **read}.items():
+            match = LOADS.search(text)
+            if match is not None:
+                return f"{shown(path)}:{text.count(chr(10), 0, match.start()) + 1}"
+        return ""
+
     def _is_a_word_of_its_own(self, node: ast.Constant, exact: bool) -> bool:
         """Whether a string is a key or a text for people rather than the name of an attribute."""
         parent = self.removal.parent(node)
@@ -220,4 +289,4 @@ def _names_linear(node: ast.AST) -> bool:
     return isinstance(name, str) and name == "Linear"
 
 
-__all__ = ["Calls", "Uses"]
+__all__ = ["Calls", "Read", "Used", "Uses"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from codemods._fuse_calls import Site, join_calls, joint_call, read_site
 from codemods._fuse_definitions import Definition, differing, read_definition
@@ -12,7 +13,7 @@ from codemods._fuse_families import Bare, Cannot, DifferentInputs, Family, Layer
 from codemods._fuse_lists import PARTS, Layers, layer_edits, read_layers
 from codemods._fuse_names import joint_name
 from codemods._fuse_parameters import Tensors, joint_product, read_tensors, size_edits, tensor_edits
-from codemods._fuse_uses import Uses
+from codemods._fuse_uses import Read, Uses
 from modernizer.edit import Delete, Edit, Replace
 from modernizer.graph.values import External
 from modernizer.imports import Imports
@@ -57,6 +58,15 @@ def _contexts(model: ModelMap) -> Counter[tuple[str, ...]]:
     )
 
 
+@dataclass(frozen=True)
+class Use:
+    """The layers of a definition, where they are called and where their weights are filled."""
+
+    made: Definition
+    sites: Sequence[Site]
+    reads: Sequence[Read]
+
+
 class _Planner:
     def __init__(self, model: ModelMap) -> None:
         self.model = model
@@ -68,24 +78,24 @@ class _Planner:
     def plan(self) -> Plan:
         found = find_families(self.model)
         plan = Plan(modern=found.modern, refusals=found.refusals)
-        groups: dict[tuple[str, ...], list[tuple[Definition, list[Site]]]] = defaultdict(list)
+        groups: dict[tuple[str, ...], list[Use]] = defaultdict(list)
         troubles: dict[tuple[str, ...], Cannot] = {}
         for family in found.families:
             names: tuple[str, ...] = ()
             try:
                 made = read_definition(_smaller(family))
                 names = tuple(made.names)
-                sites = self._sites(made)
-                groups[names].append((made, sites))
+                use = self._use(made)
+                groups[names].append(use)
             except Cannot as cannot:
                 plan.refusals.append(Refusal(family.location, cannot.reason, cannot.hint))
                 troubles[names] = cannot
         for names, members in groups.items():
-            at = members[0][0].family.location
+            at = members[0].made.family.location
             try:
                 if names in troubles:
                     raise Cannot(f"layers of the same names in another class are not fused: {troubles[names]}")
-                self._check_alone(names, {made.owner for made, _ in members})
+                self._check_alone(names, {use.made.owner for use in members})
                 plan.upgrades.append(self._upgrade(names, members))
             except Cannot as cannot:
                 plan.refusals.append(Refusal(at, cannot.reason, cannot.hint))
@@ -186,13 +196,14 @@ class _Planner:
             WeightMap.of(Group(owners, (concat,))),
         )
 
-    def _sites(self, made: Definition) -> list[Site]:
+    def _use(self, made: Definition) -> Use:
         if made.family.trouble is not None:
             raise made.family.trouble
-        sites = [read_site(calls, made.source, self.machine) for calls in self.uses.calls(made)]
+        used = self.uses.of(made)
+        sites = [read_site(calls, made.source, self.machine) for calls in used.calls]
         if not any(site.shares for site in sites):
             raise Cannot("no two of its layers are ever seen to read one tensor")
-        return sites
+        return Use(made, sites, used.reads)
 
     def _check_alone(self, names: Sequence[str], owners: Collection[ast.ClassDef]) -> None:
         """A checkpoint tells a class by the names of its layers, so that no other may have the same ones."""
@@ -209,33 +220,42 @@ class _Planner:
                     raise Cannot(f"the class {node.name} has layers of the same names: a checkpoint could not tell"
                                  " the two apart", hint="give them other names")  # fmt: skip
 
-    def _upgrade(self, names: tuple[str, ...], members: Sequence[tuple[Definition, list[Site]]]) -> Upgrade:
+    def _upgrade(self, names: tuple[str, ...], members: Sequence[Use]) -> Upgrade:
         attribute = joint_name(names, self.project, self.taken)
         self.taken.add(attribute)
         edits: list[Edit] = []
-        for made, sites in members:
-            plain = made.equal_parts and all(site.one_input for site in sites)
+        for use in members:
+            plain = use.made.equal_parts and all(site.one_input for site in use.sites)
             self.uses.check_program(plain)
-            edits += _definition_edits(made, attribute, plain)
+            edits += _definition_edits(use.made, attribute, plain)
             splits = f".chunk({len(names)}, dim=-1)" if plain else ""
-            for site in sites:
+            for site in use.sites:
                 edits += join_calls(site, joint_call(site, attribute) + splits)
-        first = members[0][0]
-        owners = _owners([made for made, _ in members])
+            edits += _read_edits(use, attribute)
+        all_made = [use.made for use in members]
+        filled = {read.call for use in members for read in use.reads}
         return Upgrade(
-            first.family.location,
-            f"{_listed(names)} of {owners} become one projection, `{attribute}`",
+            all_made[0].family.location,
+            f"{_listed(names)} of {_owners(all_made)} become one projection, `{attribute}`",
             tuple(edits),
-            tuple(self._notes(names)),
-            WeightMap.of(_group([made for made, _ in members], attribute)),
+            tuple(self._notes(names, filled)),
+            WeightMap.of(_group(all_made, attribute)),
         )
 
-    def _notes(self, names: Sequence[str], are_layers: bool = True) -> Iterator[str]:
+    def _notes(
+        self, names: Sequence[str], filled: Collection[ast.AST | None] = (), are_layers: bool = True
+    ) -> Iterator[str]:
         for mention in self.uses.mentions_elsewhere(names, are_layers):
             yield f"{mention}, which is no more; this file was not part of the upgrade"
+        if loader := self.uses.loader():
+            yield f"{loader} loads weights; those of the old model must go through `modernize migrate` first"
         for node in self.machine.at:
             if not isinstance(node, ast.Attribute | ast.Name):
                 continue
+            call = self.uses.removal.parent(node)
+            given = call.args[0] if isinstance(call, ast.Call) and call.args else None
+            if call in filled or (isinstance(given, ast.Attribute) and isinstance(given.value, ast.Attribute)):
+                continue  # it fills another layer, `self.out.weight`
             for _, value in self.machine.at[node]:
                 if isinstance(value, External) and value.dotted.rpartition(".")[2] in BY_OUTPUTS:
                     name = value.dotted.rpartition(".")[2]
@@ -294,6 +314,18 @@ def _definition_edits(made: Definition, attribute: str, plain: bool) -> Iterator
     for statement in made.statements:
         if statement is not first:
             yield Delete(path, statement)
+
+
+def _read_edits(use: Use, attribute: str) -> Iterator[Edit]:
+    """Each part of the joint weight is filled on its own, as its layer's was."""
+    for read in use.reads:
+        layer = read.node.value
+        assert isinstance(layer, ast.Attribute)
+        whole = f"{read.source.code(layer.value)}.{attribute}"
+        count = len(use.made.names)
+        cut = f"chunk({count})" if use.made.equal_parts else f"split({whole}.parts)"
+        part = "" if isinstance(read.call, ast.Compare) else f".{cut}[{read.part}]"
+        yield Replace(read.source.path, read.node, f"{whole}.{read.node.attr}{part}")
 
 
 def _factor(node: ast.expr, text: str) -> str:

@@ -312,6 +312,13 @@ FORMS = {
     "self and cross": own(calls=BOTH_CALLS, program=BOTH),
     "cross with widths of its own": HEAD + CROSS,
     "one module a head": HEAD + HEADS,
+    "initialised by name": own(
+        LAYERS + "nn.init.xavier_uniform_(self.to_k.weight)\nself.to_v.weight.data.normal_(0, 0.1)\n"
+        "if self.to_q.bias is not None:\n    nn.init.zeros_(self.to_q.bias)\n"),
+    "initialised by name with widths of its own": own(
+        "self.to_q = nn.Linear(12, 12)\nself.to_k = nn.Linear(12, 12)\nself.to_v = nn.Linear(12, 6)\n"
+        "nn.init.constant_(self.to_v.weight, 0.25)\ntorch.nn.init.normal_(self.to_q.weight, std=0.1)",
+        program=SELF.replace("nn.Linear(dim, dim)", "nn.Linear(6, dim)")),
     "parameters": own(BARE_LAYERS, BARE_CALLS, BARE),
     "parameters whose sizes are read": own(
         BARE_LAYERS, BARE_CALLS + "q = q * (self.w_q.shape[1] + self.w_k.size(0) + self.w_v.size(-1))", BARE),
@@ -361,7 +368,12 @@ UNEQUAL = {
 }
 
 REFUSED = {
-    "initialised by name": (own(LAYERS + "nn.init.normal_(self.to_k.weight)\n"), "not only called"),
+    "filled from another of them": (own(LAYERS + "self.to_k.weight.data.copy_(self.to_q.weight.data)\n"), "not only called"),
+    "filled by a function of the program": (
+        own(LAYERS + "fill(self.to_k)\n") + "\n\ndef fill(layer):\n    nn.init.zeros_(layer.weight)\n", "not only called",
+    ),
+    "resized": (own(LAYERS + "self.to_k.weight.data.resize_(3, 4)\n"), "not only called"),
+    "returned by a filler": (own(LAYERS + "self.other = nn.init.zeros_(self.to_k.weight)\n"), "not only called"),
     "hooked by name": (own(LAYERS + "self.to_v.register_forward_hook(print)\n"), "not only called"),
     "tied": (own(LAYERS + "self.to_k.weight = self.to_q.weight\n"), "not only called"),
     "named in a list": (own() + '\nNO_DECAY = ["to_q", "bias"]\n', "a string names the layer"),

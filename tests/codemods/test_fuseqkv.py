@@ -114,6 +114,16 @@ def test_forms_do_what_they_did_in_fewer_products_and_the_weights_go_there_and_b
     check_equal(tmp_path, FORMS[form])
 
 
+def test_each_part_is_filled_as_its_layer_was(tmp_path: Path):
+    text = FORMS["initialised by name with widths of its own"]
+    new, _ = rewritten(tmp_path, text)
+    layer = built(load(new)).get_submodule("layers.0.to_qkv")
+    assert isinstance(layer.weight, Tensor)
+    query, key, value = layer.weight.split([12, 12, 6])
+    assert (value == 0.25).all()
+    assert 0.05 < query.std() < 0.15 and key.abs().max() <= 12**-0.5
+
+
 @pytest.mark.parametrize("form", REFUSED)
 def test_what_cannot_be_joined_safely_keeps_every_byte_and_says_why(form: str, tmp_path: Path):
     text, reason = REFUSED[form]
