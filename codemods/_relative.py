@@ -152,7 +152,7 @@ def _upgrade(survey: Survey, group: Group, kind: Kind, named: frozenset[Path]) -
             edits += _torch_edits(survey, removal, contexts, kind, replaced)
         else:
             edits += kind.change(code, parts, contexts)
-    take_out(removal, group)
+    edits += take_out(removal, group)
     edits += [*parts.edits, *removal.edits()]
     return Upgrade(group.location, _summary(group, kind), tuple(edits), tuple(_notes(removal, group)))
 

@@ -190,13 +190,25 @@ class Survey:
         changed = [c for c in contexts if any(self.reaches(p, c) for p in removed)]
         # One instance is one object: what holds for one of its runs must hold for all.
         owners = {key for p in removed if (key := _instance(p.frame, p.add)) is not None}
-        group.removed = [p for p in positions if p in removed or _instance(p.frame, p.add) in owners]
+        group.removed = [
+            p for p in positions
+            if p in removed or (_instance(p.frame, p.add) in owners and not self._is_apart(p, removed))
+        ]  # fmt: skip
         holders = {key for c in changed if (key := _instance(c.frame, c.scores)) is not None}
         group.changed = [
             c for c in contexts
             if c in changed or (c.kind == "self" and _instance(c.frame, c.scores) in holders)
         ]  # fmt: skip
         return group
+
+    def _is_apart(self, position: Position, removed: Sequence[Position]) -> bool:
+        """Whether a run of the model adds positions once more, with the same module, for layers without attention."""
+        instance, run = _instance(position.frame, position.add), _outermost(position.frame)
+        beside = [
+            self.reach[id(p)] for p in removed if _instance(p.frame, p.add) == instance and _outermost(p.frame) is run
+        ]
+        own = [key for key, node in self.reach[id(position)].items() if node.op in LEARNED]
+        return bool(beside) and any(not any(key in reach for reach in beside) for key in own)
 
     # -- whether a group may change at all
 
@@ -417,6 +429,10 @@ def _component(start: int, links: dict[int, set[int]]) -> set[int]:
             found.add(current)
             todo.extend(links[current])
     return found
+
+
+def _outermost(frame: Frame) -> Frame:
+    return list(frame.outward())[-1]
 
 
 def _instance(frame: Frame, node: Node) -> tuple[int, int] | None:

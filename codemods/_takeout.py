@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from pathlib import Path
 
+from codemods._anchors import free_name
 from codemods._survey import Cannot, Group, place
+from modernizer.edit import AddArgument, AddParameter, Edit, Replace
 from modernizer.graph.query import alternatives, ancestors, location
 from modernizer.graph.rank import is_number
 from modernizer.graph.values import Frame, Many, Module, Node, Value
@@ -15,17 +18,19 @@ from modernizer.removal import Removal, is_pure
 Call = tuple[ast.Call, Frame, str]  # a call that only adds positions, the frame it is in, the parameter it passes on
 
 
-def take_out(removal: Removal, group: Group) -> None:
-    """Marks everything that goes with the positions of a group. Raises Cannot where some would have to stay."""
-    for site in group.positions:
-        _take_out_site(removal, group, site)
+def take_out(removal: Removal, group: Group) -> list[Edit]:
+    """Marks everything that goes with the positions of a group. Raises Cannot where some would have to stay.
+
+    What is returned are the edits beside: a function that others need as it is learns to leave its positions out."""
+    edits = [edit for site in group.positions for edit in _take_out_site(removal, group, site)]
     removal.settle()
     while _stop_passing(removal, group):
         removal.settle()
     _check_learned(removal, group)
+    return edits
 
 
-def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> None:
+def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> list[Edit]:
     gone = [p for p in site.contexts if p in group.removed]
     stays = [p.frame for p in site.contexts if p not in group.removed] + [n.frame for n in site.others]
     calls = [_adding_call(removal, p, stays) for p in gone]
@@ -34,14 +39,58 @@ def _take_out_site(removal: Removal, group: Group, site: PositionSite) -> None:
             assert found is not None
             call, _, parameter = found
             removal.replace(call, "$0", (_argument(call, gone[calls.index(found)], parameter),))
-        return
+        return []
     if stays:
+        asked = _leave_out_where_asked(removal, gone, stays) if not site.others else []
+        if asked:
+            return asked
         other = "where no attention follows" if len(stays) > len(site.others) else "for queries made of positions alone"
         raise Cannot(
             f"what adds positions here also serves {other}, and does more than add",
             place(gone[0]), "give the two uses a class each",
         )  # fmt: skip
     _take_out_sum(removal, gone)
+    return []
+
+
+# -- by an argument
+
+
+def _leave_out_where_asked(removal: Removal, gone: Sequence[Position], stays: Sequence[Frame]) -> list[Edit]:
+    """A parameter for the function that adds, false in the calls that lose their positions; nothing where not every
+    one of these is a call of its own."""
+    function, node = gone[0].frame.function, gone[0].add.node
+    others = {f.call for s in stays for f in s.outward()}
+    path = gone[0].frame.path
+    if function is None or not isinstance(function.node, ast.FunctionDef) or path not in removal.named:
+        return []
+    calls: dict[ast.Call, Path] = {}
+    for position in gone:
+        frame = position.frame
+        call, caller = frame.call, frame.caller
+        if frame.function is None or frame.function.node is not function.node or position.add.node is not node:
+            return []
+        if not isinstance(call, ast.Call) or caller is None or call in others or caller.path not in removal.named:
+            return []
+        if caller.function is None or not _calls_function(removal, call, frame):
+            return []
+        calls[call] = caller.path
+    name = free_name(function.node, "add_positions", "with_positions")
+    source = gone[0].frame.scope.source
+    edits: list[Edit] = [AddParameter(path, function.node, f"{name}=True")]
+    edits += [AddArgument(where, call, "False", name) for call, where in calls.items()]
+    statement = removal.statement(node) if isinstance(node, ast.expr | ast.stmt) else None
+    if isinstance(node, ast.AugAssign):
+        _require_stream_first(gone)
+        return [*edits, Replace(path, node, f"if {name}:\n    {source.code(node)}\n")]
+    if not isinstance(node, ast.BinOp):
+        return []
+    kept = _kept([node.left, node.right], removal, gone)
+    if isinstance(statement, ast.Assign) and statement.value is node and len(statement.targets) == 1:
+        target = statement.targets[0]
+        if isinstance(target, ast.Name) and isinstance(kept, ast.Name) and target.id == kept.id:
+            return [*edits, Replace(path, statement, f"if {name}:\n    {source.code(statement)}\n")]
+    return [*edits, Replace(path, node, f"({source.code(node)} if {name} else {source.code(kept)})")]
 
 
 # -- at the call

@@ -75,6 +75,26 @@ def check_relative(folder: Path, before: str, after: str) -> None:
     assert not new.state_dict().keys() - old.state_dict().keys()
 
 
+@torch.no_grad()
+def check_shared(folder: Path, before: str, after: str) -> None:
+    """The stream forgets its positions, the part without attention keeps its own; both are scaled as they were."""
+    old, new = loaded(folder, before).build(), loaded(folder, after).build()
+    new.load_state_dict(old.state_dict())
+    words = old.tokens(torch.full((2, 9), 5))
+    assert torch.equal(old.guess(words.clone()), new.guess(words.clone()))
+    for model, is_old in ((old, True), (new, False)):
+        out = model.stream(words.clone())
+        assert ((out - out[:, :1]).abs().max().item() > 1e-2) == is_old
+    seen: list[torch.Tensor] = []
+    for model in (old, new):
+        handle = model.block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model.stream(words.clone())
+        handle.remove()
+    table = old.position.pe[:, : words.size(1)]
+    torch.testing.assert_close(seen[0] - table, seen[1])
+    assert feels_order(new) > 1e-3
+
+
 def example_of(page: Path) -> tuple[str, str]:
     """The fenced blocks `before` and `after` of a rule's page."""
     text = page.read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relative_programs import ATTENTION, BUILD, HEAD, SINUSOID, by_attention, by_position
+from relative_programs import ATTENTION, BLOCK, BUILD, HEAD, SINUSOID, by_attention, by_position
 
 MORE: dict[str, str] = {}
 MORE["position_in_a_sequential"] = by_position(
@@ -215,3 +215,41 @@ MORE["rows_of_an_embedding_that_is_not_called"] = by_position(
     "self.places = nn.Embedding(LENGTH, DIM)",
     "x = self.tokens(ids)\nx = x + self.places.weight[: x.size(1)].unsqueeze(0).repeat(len(ids), 1, 1)",
 )
+
+# Positions that a part without attention needs too: it keeps them, by a class that does more than add.
+GUESS = """
+
+class Guess(nn.Module):
+    def __init__(self, position):
+        super().__init__()
+        self.position, self.net = position, nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        return self.net(self.position(x))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.position = nn.Embedding(WORDS, DIM), PositionalEncoding(DIM)
+        self.guess = Guess(PositionalEncoding(DIM))
+        self.block = Block(DIM, HEADS)
+
+    def stream(self, words):
+        return self.block(self.position(words))
+
+    def forward(self, ids):
+        words = self.tokens(ids)
+        return self.stream(words) + self.guess(words)
+
+"""
+SUM = "x = x * math.sqrt(x.size(-1)) + self.pe[:, :x.size(1)]\n        return self.dropout(x)"
+SHARED: dict[str, str] = {}
+for name, written in {
+    "named_sum": SUM,
+    "sum_of_its_own": "x = x * 3\n        x = x + self.pe[:, :x.size(1)]\n        return self.dropout(x)",
+    "sum_in_place": "x = x * 3\n        x += self.pe[:, :x.size(1)]\n        return self.dropout(x)",
+    "sum_in_a_call": "return self.dropout(3 * x + self.pe[:, :x.size(1)])",
+}.items():
+    SHARED[name] = HEAD + SINUSOID.replace(SUM, written) + ATTENTION + BLOCK + GUESS + BUILD
+SHARED["one_module_for_both"] = SHARED["named_sum"].replace("Guess(PositionalEncoding(DIM))", "Guess(self.position)")

@@ -118,31 +118,51 @@ REFUSED = {
         ),
         "cannot be told apart",
     ),
-    "positions_that_an_mlp_needs_too": (
+    "learned_positions_that_an_mlp_needs_too": (
+        whole(
+            """
+            class Places(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.table = nn.Embedding(LENGTH, DIM)
+
+                def forward(self, x):
+                    return 2 * (x + self.table(torch.arange(x.size(1), device=x.device)))
+            """,
+            ATTENTION,
+            BLOCK,
+            """
+            class Model(nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.tokens, self.position, self.guess = nn.Embedding(WORDS, DIM), Places(), nn.Linear(DIM, DIM)
+                    self.block = Block(DIM, HEADS)
+
+                def forward(self, ids):
+                    words = self.tokens(ids)
+                    return self.block(self.position(words)) + self.guess(self.position(words))
+            """,
+        ),
+        "read for something else too",
+    ),
+    "positions_for_both_from_one_call": (
         whole(
             SINUSOID,
             ATTENTION,
             BLOCK,
             """
-            class Guess(nn.Module):
-                def __init__(self, position):
-                    super().__init__()
-                    self.position, self.net = position, nn.Linear(DIM, DIM)
-
-                def forward(self, x):
-                    return self.net(self.position(x))
-
-
             class Model(nn.Module):
                 def __init__(self):
                     super().__init__()
                     self.tokens, self.position = nn.Embedding(WORDS, DIM), PositionalEncoding(DIM)
-                    self.guess = Guess(PositionalEncoding(DIM))
-                    self.block = Block(DIM, HEADS)
+                    self.guess, self.block = nn.Linear(DIM, DIM), Block(DIM, HEADS)
+
+                def embed(self, words):
+                    return self.position(words)
 
                 def forward(self, ids):
                     words = self.tokens(ids)
-                    return self.block(self.position(words)) + self.guess(words)
+                    return self.block(self.embed(words)) + self.guess(self.embed(words))
             """,
         ),
         "serves where no attention follows",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from programs import PROGRAMS, Program
-from relative_checks import check_relative, example_of, loaded, rewritten, tokens
-from relative_forms import MORE
+from relative_checks import check_relative, check_shared, example_of, loaded, rewritten, tokens
+from relative_forms import MORE, SHARED
 from relative_programs import ATTENTIONS, by_attention, programs
 from relative_refusals import KEPT, REFUSED
 
@@ -31,6 +31,13 @@ def test_positions_become_a_bias(tmp_path: Path, name: str) -> None:
         return
     assert "alibi=True" in after or "ALiBi(" in after
     check_relative(tmp_path, before, after)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_positions_stay_where_no_attention_follows(tmp_path: Path, name: str) -> None:
+    after, report = rewritten(tmp_path, SHARED[name], Alibi())
+    assert "add_positions=False" in after, report.sites
+    check_shared(tmp_path, SHARED[name], after)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from programs import PROGRAMS, Program, program
-from relative_checks import check_relative, example_of, feels_order, loaded, rewritten, tokens
-from relative_forms import MORE
+from relative_checks import check_relative, check_shared, example_of, feels_order, loaded, rewritten, tokens
+from relative_forms import MORE, SHARED
 from relative_programs import ATTENTION, HEAD, by_attention, by_position, programs
 from relative_refusals import KEPT, REFUSED
 
@@ -26,6 +26,13 @@ def test_positions_become_rotations(tmp_path: Path, name: str) -> None:
     after, _ = rewritten(tmp_path, before, Rope())
     assert "rotary=True" in after or "RotaryEmbedding(" in after
     check_relative(tmp_path, before, after)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_positions_stay_where_no_attention_follows(tmp_path: Path, name: str) -> None:
+    after, report = rewritten(tmp_path, SHARED[name], Rope())
+    assert "add_positions=False" in after, report.sites
+    check_shared(tmp_path, SHARED[name], after)
 
 
 @pytest.mark.parametrize("name", REFUSED)
