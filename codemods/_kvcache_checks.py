@@ -211,7 +211,8 @@ def _check_turns(generation: Generation, line: Timeline) -> None:
     )
     if len(first) != len(second):
         raise Cannot("the first turn of the loop does something else than the others", generation.location)
-    pairs = {id(generation.grown[0]): generation.grown[1]}
+    pairs: dict[int, Value] = {id(generation.grown[0]): generation.grown[1]}
+    pairs |= {id(one): other for one, other, _ in generation.lengths}
     for a, b in zip(first, second, strict=True):
         if a.op != b.op or a.node is not b.node:
             raise Cannot("the first turn of the loop does something else than the others", generation.location)
@@ -235,7 +236,7 @@ def _parts(line: Timeline, node: Node) -> list[Value]:
     return found
 
 
-def _alike(line: Timeline, pairs: dict[int, Node], a: Value, b: Value, depth: int = 0) -> bool:
+def _alike(line: Timeline, pairs: dict[int, Value], a: Value, b: Value, depth: int = 0) -> bool:
     """Whether a value of the first turn and one of the second are the same, or one of the sequence's pairs."""
     known = line.type_of(a)
     if known is not None and not isinstance(known, Loose):

@@ -148,7 +148,8 @@ def timeline(code: Code, generation: Generation, start: int, end: int, changes: 
     """The types of what is made of the sequence in the loop, from a moment on up to another."""
     machine = code.graph.machine
     line = Timeline(machine.nodes[start:end], machine.at, changes)
-    for node, known in generation.sequences(machine):
-        line.give(node, known)
+    for value, known in generation.sequences():
+        line.give(value, known)
+    line.rows_move = bool(generation.picks)
     line.run()
     return line

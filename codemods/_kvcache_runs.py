@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import product
 
@@ -65,32 +65,34 @@ def _extended(model: ModelMap) -> ModelMap:
 
 def _entries(graph: Graph) -> Iterator[Entry]:
     """The functions and methods of the named files in whose loops a sequence may grow."""
+    found: list[Entry] = []
     for path in graph.project.named:
         scope = graph.machine.scopes.get(path)
         if scope is None:
             continue
-        for function in scope.functions():
-            if _grows(function.node):
-                yield Entry(function, None)
+        found += [Entry(function, None) for function in scope.functions()]
         for cls in scope.classes():
             for member in cls.members.values():
-                if isinstance(member, ast.FunctionDef) and member.name != "__init__" and _grows(member):
-                    yield Entry(Function(member, cls.scope, cls.closure, cls), cls)
+                if isinstance(member, ast.FunctionDef) and member.name != "__init__":
+                    found.append(Entry(Function(member, cls.scope, cls.closure, cls), cls))
+    growing = {e.node.name for e in found if _grows(e.node, frozenset())} | _GROWING
+    for entry in found:
+        loops = (n for n in below(entry.node) if isinstance(n, ast.For | ast.While))
+        if any(_grows(loop, growing) for loop in loops):
+            yield entry
 
 
 _GROWING = frozenset({"cat", "concat", "concatenate", "append", "hstack"})
 
 
-def _grows(function: ast.AST) -> bool:
-    for loop in below(function):
-        if not isinstance(loop, ast.For | ast.While):
-            continue
-        for node in below(loop):
-            called = node.func if isinstance(node, ast.Call) else None
-            if getattr(called, "attr", getattr(called, "id", "")) in _GROWING:
-                return True
-            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-                return True
+def _grows(part: ast.AST, calls: Set[str]) -> bool:
+    """Whether code writes into a tensor, or calls one of these."""
+    for node in below(part):
+        called = node.func if isinstance(node, ast.Call) else None
+        if getattr(called, "attr", getattr(called, "id", "")) in calls:
+            return True
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            return True
     return False
 
 

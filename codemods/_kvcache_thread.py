@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from codemods._anchors import Code
-from codemods._kvcache_loops import Generation
+from codemods._kvcache_loops import Generation, is_below
 from codemods._survey import Cannot
 from modernizer.edit import AddArgument, AddParameter, Edit
 from modernizer.graph.query import is_torch, location
@@ -94,8 +94,9 @@ class Thread:
         for function, frame in self.functions.items():
             self._check_function(function, frame)
         for call, frame in self.calls.items():
-            for value in _values(self.code, call.func):
-                self._check_callee(call, frame, value)
+            for active, value in self.code.graph.machine.at.get(call.func, ()):
+                if not _is_open(value) or is_below(active, self.generation.frame):
+                    self._check_callee(call, frame, value)
         for call, frame in self.sequentials.items():
             self._check_sequential(call, frame)
         for path in {self.code.tree.path(f) for f in self.functions}:
@@ -193,6 +194,11 @@ def _function_of(value: Value | None) -> ast.AST | None:
     if isinstance(value, Partial):
         return None
     return None
+
+
+def _is_open(value: Value) -> bool:
+    """Whether nothing is known of a value, as nobody said what a function is handed."""
+    return isinstance(value, Node) and value.op in ("attr", "config", "input", "unknown")
 
 
 def _values(code: Code, node: ast.AST) -> list[Value]:

@@ -82,7 +82,7 @@ class Timeline:
         self.repair = Repair()
         self.drops: list[Node] = []  # dropout on the way
         self.products: list[Node] = []  # where new queries meet all keys
-        self.batch_axis = 0
+        self.rows_move = False  # whether rows of the batch are picked anew
 
     # -- reading
 
@@ -102,9 +102,9 @@ class Timeline:
             if id(node) not in self.types:
                 self._visit(node)
 
-    def give(self, node: Node, known: Known) -> None:
+    def give(self, value: Value, known: Known) -> None:
         """States what a datum is, before `run`."""
-        self.types[id(node)] = known
+        self.types[id(value)] = known
 
     def _visit(self, node: Node) -> None:
         parts = [t for v in node.inputs for leaf in flatten(v) if (t := self.type_of(leaf, node)) is not None]
@@ -121,6 +121,8 @@ class Timeline:
             if handler is None:
                 raise Stops(f"`{node.name or node.op}` is not known to treat every step by itself")
             made = handler(self, node)
+            if self.rows_move and _mixes_rows(node, parts, made):
+                raise Stops("rows of the batch that are picked anew depend on each other")
         except Stops as stops:
             if any(speaks_of(p, NEW + LAST) for p in parts):
                 if node.op != "merge" or node.users:
@@ -270,6 +272,22 @@ class Timeline:
         return next((v for v in reversed(found) if not isinstance(v, Node) or v.order < node.order), None)
 
 
+_ALONG_AN_AXIS = frozenset("softmax log_softmax cumsum roll flip sort topk glu".split())
+
+
+def _mixes_rows(node: Node, parts: Sequence[Known], made: Known | None) -> bool:
+    """Whether what belongs to one row of the batch may be made of others."""
+    if not isinstance(made, Tensor) or not any(isinstance(p, Tensor) and p.has(BATCH) for p in parts):
+        return False
+    if not any(made.has(letter) for letter in (GROWN, FED, NEW)):
+        return False
+    if not made.has(BATCH):
+        return True
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", Const(-1))
+    place = constant(given if node.module is None else node.module.args.get("dim", Const(-1)))
+    return node.op in _ALONG_AN_AXIS and (place is None or made.axes[place].letter == BATCH)
+
+
 def _says_nothing_of_content(node: Node) -> bool:
     if node.op == "attr":  # a type or device, or the name of a method that is called
         return node.name in KINDS or not node.users
@@ -350,7 +368,7 @@ def unary(line: Timeline, node: Node) -> Known | None:
     return Tensor(known.axes, known.is_weights and node.op in ("nan_to_num", "float"))
 
 
-@types(*(IDENTITY - {"dropout", "float"}))
+@types(*(IDENTITY - {"dropout", "float"}), "astype", "from_numpy", "as_tensor", "numpy")
 def same(line: Timeline, node: Node) -> Known | None:
     known = line.type_of(node.args[0], node) if node.args else None
     return known  # what else is handed in says the type or the device
@@ -1054,7 +1072,7 @@ def _taken(line: Timeline, node: Node, axis: Axis, p: Value | None) -> Axis | st
     """What an index leaves of one axis: an axis, 'last' (of time, only the last step), or 'gone'."""
     if p is None:
         return axis
-    known = line.type_of(p, node) if isinstance(p, Node) else None
+    known = line.type_of(p, node)
     if isinstance(p, Node) and p.op == "slice":
         return _sliced(line, node, axis, p)
     if axis.is_time:

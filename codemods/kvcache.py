@@ -18,10 +18,11 @@ from codemods._kvcache_attention import (
     update_lines,
     updates_for,
 )
-from codemods._kvcache_axes import FED, NEW, Loose, Number
+from codemods._kvcache_axes import BATCH, FED, NEW, Loose, Number, Tensor
 from codemods._kvcache_checks import check
 from codemods._kvcache_cut import Cut, cuts, timeline
-from codemods._kvcache_loops import Generation, find_generations, syntax_in
+from codemods._kvcache_growth import find_generations
+from codemods._kvcache_loops import Generation, Pick, syntax_in
 from codemods._kvcache_runs import with_outer_loops
 from codemods._kvcache_thread import Thread, sequential_code
 from codemods._kvcache_time import Change, Timeline
@@ -137,12 +138,15 @@ class Builder:
         cut, line = self._proven(updates, grown)
         self._check_products(line, attentions)
         check(self.code, generation, line, updates)
+        self._check_rows(line, updates)
         thread = Thread(self.code, generation)
         for update in updates:
             for frame, _ in update.frames:
                 thread.follow(frame)
         for frame in cut.frames:
             thread.follow(frame)
+        for pick in generation.picks:
+            thread.follow(pick.node.frame)
         thread.check()
         thread.check_reach([f for u in updates for f, _ in u.frames], [u.function for u in updates])
         self._edit(updates, cut, line, thread)
@@ -197,6 +201,17 @@ class Builder:
             if not letters.endswith(NEW + FED):
                 raise Cannot("queries or keys of this attention cannot be followed", place(attention))
 
+    def _check_rows(self, line: Timeline, updates: Sequence[Update]) -> None:
+        """Where rows are picked anew, keys and values must have the batch in front."""
+        for update in updates if self.generation.picks else ():
+            for frame, attention in update.frames:
+                for part in (update.key, update.value):
+                    value = self.code.value(part.expr, frame)
+                    known = line.type_of(value) if value is not None else None
+                    if not isinstance(known, Tensor) or known.axes[0].letter != BATCH:
+                        raise Cannot("keys and values do not have the batch in front, whose rows are picked anew",
+                                     place(attention))  # fmt: skip
+
     # -- the edits
 
     def _edit(self, updates: Sequence[Update], cut: Cut, line: Timeline, thread: Thread) -> None:
@@ -208,6 +223,8 @@ class Builder:
             self._open(call, frame, name)
         for update in {u.statement: u for u in updates}.values():
             self._attend(update, line, name)
+        for pick in {p.node.node: p for p in self.generation.picks}.values():
+            self._pick(pick, name)
         for node, frame in line.repair.lasts.items():
             self._take_last(node, frame, line)
         for statement, lines in self.before.items():
@@ -263,6 +280,16 @@ class Builder:
         if rest.startswith("#"):
             code = code.replace(":\n", f":  {rest}\n", 1)
         self.edits.append(Replace(path, statement, code, holes))
+
+    def _pick(self, pick: Pick, name: str) -> None:
+        """What the cache holds follows the rows of the sequence."""
+        assert pick.node.node is not None
+        statement = self.code.statement(pick.node.node)
+        stored = {n.id for n in below(statement) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        if not isinstance(pick.index, ast.Name) or pick.index.id in stored:
+            raise Cannot("the rows that are picked have no name", location(pick.index, pick.node.frame))
+        code = f"if {name} is not None:\n    {name}.reorder({pick.index.id})\n"
+        self.edits.append(Insert(pick.node.frame.path, statement, code))
 
     def _take_last(self, node: ast.AST, frame: Frame, line: Timeline) -> None:
         """`x[:, T - 1]` of something that a cache makes shorter is its last step."""

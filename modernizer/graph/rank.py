@@ -17,7 +17,7 @@ _SAME = (
         "linear softmax log_softmax relu gelu silu tanh sigmoid exp sqrt neg masked_fill transpose split chunk tril"
         " triu clamp pos cumsum flip roll setitem fill zeros_like ones_like invert logical_not nan_to_num movedim"
         " swapaxes narrow index_select abs rsqrt cos sin softplus elu leaky_relu tensor_split zero"
-        " rotary alibi bool byte int long short".split()
+        " rotary alibi bool byte int long short astype numpy".split()
     )
 )
 _BROADCAST = frozenset(
@@ -147,6 +147,10 @@ def _special(value: Node) -> int | None:
         return _rearranged(str(value.args[1].value))
     if value.op == "getitem":
         return None if first is None else _indexed(first, value.args[1])
+    if value.op in _MADE_OF and value.args and isinstance(value.args[0], Many):
+        return _nesting(value.args[0])
+    if value.op in _MADE_OF:
+        return first
     if value.op in ("item", "iter"):
         return _of_part(value, first)
     if first is None:
@@ -163,6 +167,18 @@ def _special(value: Node) -> int | None:
         "addmm": 0,
     }
     return first + change[value.op] if value.op in change and not isinstance(value.args[0], Many) else None
+
+
+_MADE_OF = frozenset("array asarray tensor as_tensor Tensor FloatTensor LongTensor from_numpy".split())
+
+
+def _nesting(value: Value) -> int | None:
+    """How deep lists of numbers or tensors are nested, axes of the tensors included."""
+    if not isinstance(value, Many):
+        return rank(value)
+    found = {_nesting(item) for item in value.items}
+    inner = found.pop() if len(found) == 1 else None
+    return None if inner is None else inner + 1
 
 
 def _of_part(value: Node, first: int | None) -> int | None:

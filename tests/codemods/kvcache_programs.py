@@ -560,3 +560,63 @@ FORMS |= {
     "a translator": TRANSLATING + GREEDY,
     "a translator with a list": TRANSLATING + LISTED,
 }
+
+# -- buffers and beams
+
+BUFFER = """
+    def generate(self, idx, count, sample=False):
+        rows, first = idx.shape
+        tokens = torch.full((rows, first + count), 21, dtype=torch.long)
+        tokens[:, :first] = idx
+        for step in range(first, first + count):
+            logits = self(tokens[:, :step])[:, -1]
+            new = torch.multinomial(logits.softmax(-1), 1).squeeze(1) if sample else logits.argmax(-1)
+            tokens[:, step] = new
+        return tokens
+"""
+AHEAD_OF_STEP = """
+    @torch.inference_mode()
+    def generate(self, idx, count, sample=False):
+        tokens = torch.zeros(idx.size(0), count + 1, dtype=torch.long)
+        tokens[:, 0] = idx[:, 0]
+        for step in range(count):
+            logits = self(tokens[:, : step + 1])[:, step]
+            tokens[:, step + 1] = torch.multinomial(logits.softmax(-1), 1)[:, 0] if sample else logits.argmax(-1)
+        return tokens
+"""
+BEAMS = """
+def grow(beams, scores, out, step, sample):
+    width = beams.size(0)
+    best, words = out[:, -1].log_softmax(-1).topk(width)
+    best = best + scores.unsqueeze(1)
+    if sample:
+        picked = torch.multinomial(best.view(-1).softmax(0), width)
+        scores = best.view(-1)[picked]
+    else:
+        scores, picked = best.view(-1).topk(width)
+    rows = picked // width
+    beams[:, :step] = beams[rows, :step]
+    beams[:, step] = words.view(-1)[picked]
+    return beams, scores
+
+
+def generate(model, sources, count, sample=False, width=3):
+    found = []
+    for source in sources.split(1):
+        mask = (source != 22).unsqueeze(-2)
+        memory = model.encode(source, mask).repeat(width, 1, 1)
+        beams = torch.ones(width, count + 1, dtype=torch.long)
+        beams[:, 1] = torch.arange(width) + 2
+        scores = torch.zeros(width)
+        for step in range(2, count + 1):
+            out = model.head(model.decode(memory, mask, beams[:, :step], ahead(step)))
+            beams, scores = grow(beams, scores, out, step, sample)
+        found.append(beams.view(-1))
+    return torch.stack(found)
+"""
+_FREE_OF_WINDOW = {"body": BODIES["chunks, mask made on the way"], "model": PLACES + SINUSOID}
+FORMS |= {
+    "a buffer": program(**_FREE_OF_WINDOW, generate=BUFFER),
+    "a buffer, one step ahead": program(**_FREE_OF_WINDOW, generate=AHEAD_OF_STEP),
+    "beams": TRANSLATING + BEAMS,
+}

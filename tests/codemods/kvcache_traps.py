@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from kvcache_programs import (
+    BEAMS,
     BODIES,
+    FORMS,
     GREEDY,
     GROWING,
     MASKED,
@@ -249,6 +251,28 @@ TRAPS: dict[str, tuple[str, str]] = {
                  "            held = x if kept is None else kept\n"
                  "            x = self.norms[i](x + layer(x, held, held, seen))\n")),
         "something else",
+    ),
+    "beams whose past is not picked": (
+        changed(TRANSLATING + BEAMS, ("beams[:, :step] = beams[rows, :step]", "beams[:, : step - 1] = beams[rows, : step - 1]")),
+        "",
+    ),
+    "beams that depend on each other": (
+        changed(TRANSLATING + BEAMS, ("x = self.places(self.target(target) * 4.0)",
+                                      "x = self.places(self.target(target) * 4.0)\n        x = x - x.mean(0, keepdim=True)")),
+        "depend on each other",
+    ),
+    "a buffer that is changed elsewhere": (
+        changed(FORMS["a buffer"], ("            tokens[:, step] = new\n",
+                                    "            tokens[:, step] = new\n            tokens[:, 0] = new\n")), "",
+    ),
+    "a buffer that is filled further on": (
+        changed(FORMS["a buffer"], ("            tokens[:, step] = new\n", "            tokens[:, step - 1] = new\n")), "",
+    ),
+    "a buffer that is read whole": (
+        changed(FORMS["a buffer"], ("self(tokens[:, :step])[:, -1]", "self(tokens)[:, -1]")), "",
+    ),
+    "a buffer of which every other step is fed": (
+        changed(FORMS["a buffer"], ("self(tokens[:, :step])", "self(tokens[:, :step:2])")), "",
     ),
     "weights that are kept and shown": (
         changed(TRANSLATING + GREEDY,
