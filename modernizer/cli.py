@@ -204,12 +204,20 @@ def verify(
 @click.option("--output", "-o", "target", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--map", "maps", multiple=True, type=click.Path(path_type=Path), help="A weight map; several in order.")
 @click.option("--reverse", is_flag=True, help="Go back: from a checkpoint of the new model to one of the old.")
-def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool) -> None:
+@click.option(
+    "--like", type=click.Path(path_type=Path), help="With --reverse: a checkpoint of the old model, for sizes."
+)
+def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool, like: Path | None) -> None:
     """Carry trained weights over: the checkpoint OLD becomes one that the rewritten model loads.
 
     Takes .pt files (a state dict, or a larger checkpoint that holds one) and .safetensors. Without --map, the maps are
     used that `apply` has recorded in the working folder or the nearest folder above that has any.
+
+    Layers of several lengths that became one do not tell where to cut it: the way back asks for --like, any checkpoint
+    of an old model of the same sizes.
     """
+    if like is not None and not reverse:
+        raise click.UsageError("--like is for --reverse")
     from modernizer.report import shown
     from modernizer.weights import MapError
     from modernizer.weights.recorded import FOLDER, recorded
@@ -224,7 +232,7 @@ def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool) -> 
     except ImportError as error:
         raise click.UsageError('migrate needs PyTorch: pip install "modernizer[torch]"') from error
     try:
-        checkpoint, carried = carry_over(source, target, load_maps(used), reverse=reverse)
+        checkpoint, carried = carry_over(source, target, load_maps(used), reverse=reverse, like=like)
     except (MapError, CheckpointError) as error:
         click.echo(click.style(f"error: {error}; nothing was written", fg="red"), err=True)
         click.echo(f"    with {', '.join(map(shown, used))}{' backwards' if reverse else ''}", err=True)

@@ -130,7 +130,25 @@ def check_rule(rule: str, before: Behaviour, after: Behaviour) -> None:
         assert set(before.model.state_dict()) <= set(after.model.state_dict())
 
 
-@pytest.mark.parametrize("order", [FOUR, FOUR[::-1]], ids=",".join)
+@pytest.mark.parametrize("order", [("sdpa", "fuseqkv"), ("fuseqkv", "sdpa")], ids=",".join)
+@pytest.mark.parametrize("original", PROGRAMS, ids=lambda p: p.name)
+def test_the_exact_rules_together_keep_what_a_model_puts_out(
+    tmp_path: Path, original: Program, order: tuple[str, ...]
+) -> None:
+    target = original.copy(tmp_path)
+    report = applied(target, *order)
+    assert Status.REFUSED not in {site.status for site in report.sites}
+    before = Behaviour(original)
+    state = before.model.state_dict()
+    after = Behaviour(target, carry(report.weights, state).state if report.weights else state)
+    check_works(before, after)
+    assert torch.allclose(after.output, before.output, rtol=0, atol=1e-5)
+    done = contents(target.folder)
+    applied(target, *order)
+    assert contents(target.folder) == done
+
+
+@pytest.mark.parametrize("order", [FOUR, FOUR[::-1], (*FOUR, "fuseqkv")], ids=",".join)
 @pytest.mark.parametrize("original", PROGRAMS, ids=lambda p: p.name)
 def test_the_four_together_in_any_order(tmp_path: Path, original: Program, order: tuple[str, ...]) -> None:
     target = original.copy(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modernizer.weights.maps import MapError, WeightMap
-from modernizer.weights.resolve import Move, resolve
+from modernizer.weights.resolve import Move, Shape, outcome, resolve
 
 
 @dataclass
@@ -23,21 +23,23 @@ class Carried:
     made: list[str] = field(default_factory=list)
 
 
-def carry(weights: WeightMap, state: Mapping[str, Any]) -> Carried:
+def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Carried:
     """The state dict of the rewritten model from that of the old one.
 
     Values stay bit for bit: they are only joined and cut. What is no tensor stays where it is; tensors that share
-    memory in the old state (tied weights) do in the new one.
+    memory in the old state (tied weights) do in the new one. `like` is a state dict such as shall come out, of a model
+    of the same sizes: it tells how long the parts of a tensor are that is cut, where the map does not.
 
     Raises:
         MapError: the map does not fit; the tensor is named.
     """
     old = dict(state)
-    for groups in weights.stages:
-        shapes = {name: tuple(value.shape) for name, value in old.items() if isinstance(value, Tensor)}
+    wanted = _wanted(weights, _shapes(like)) if like is not None else [None] * len(weights.stages)
+    for groups, target in zip(weights.stages, wanted, strict=True):
+        shapes = _shapes(old)
         done: dict[object, list[Tensor]] = {}
         new: dict[str, Any] = {}
-        moves = {move.old[0]: move for move in resolve(groups, shapes)}
+        moves = {move.old[0]: move for move in resolve(groups, shapes, target)}
         for name, value in old.items():
             if name in moves:
                 new.update(zip(moves[name].new, _moved(moves[name], old, done), strict=True))
@@ -48,6 +50,19 @@ def carry(weights: WeightMap, state: Mapping[str, Any]) -> Carried:
     if hasattr(state, "_metadata"):  # the versions of torch's modules, by which old checkpoints are read
         result._metadata = state._metadata  # type: ignore[attr-defined]
     return Carried(result, [n for n in state if n not in result], [n for n in result if n not in state])
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Shape]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _wanted(weights: WeightMap, last: Mapping[str, Shape]) -> list[Mapping[str, Shape] | None]:
+    """The shapes that each stage is to give, so that the last of them gives `last`."""
+    found: list[Mapping[str, Shape] | None] = []
+    for groups in weights.inverted().stages:
+        found.insert(0, last)
+        last = outcome(resolve(groups, last), last)
+    return found
 
 
 def _moved(move: Move, state: Mapping[str, Any], done: dict[object, list[Tensor]]) -> list[Tensor]:

@@ -21,8 +21,12 @@ def load_maps(paths: Sequence[Path]) -> WeightMap:
     return compose(maps)
 
 
-def migrate(source: Path, target: Path, weights: WeightMap, *, reverse: bool = False) -> tuple[Checkpoint, Carried]:
+def migrate(
+    source: Path, target: Path, weights: WeightMap, *, reverse: bool = False, like: Path | None = None
+) -> tuple[Checkpoint, Carried]:
     """Writes to `target` what `source` becomes by the map, or by its inverse.
+
+    `like` is a checkpoint such as shall come out, of a model of the same sizes.
 
     Raises:
         MapError: the map does not fit the tensors.
@@ -31,6 +35,7 @@ def migrate(source: Path, target: Path, weights: WeightMap, *, reverse: bool = F
     if target.exists() and source.exists() and target.samefile(source):
         raise CheckpointError(f"{target}: is the old checkpoint; name another file")
     checkpoint = read(source)
-    carried = carry(weights.inverted() if reverse else weights, checkpoint.state)
+    shape = read(like).state if like is not None else None
+    carried = carry(weights.inverted() if reverse else weights, checkpoint.state, shape)
     write(target, checkpoint, carried.state)
     return checkpoint, carried

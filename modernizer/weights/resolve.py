@@ -22,16 +22,19 @@ class Move:
     sizes: tuple[int, ...]  # along the axis, of the parts
 
 
-def resolve(groups: Sequence[Group], shapes: Mapping[str, Shape]) -> list[Move]:
+def resolve(
+    groups: Sequence[Group], shapes: Mapping[str, Shape], like: Mapping[str, Shape] | None = None
+) -> list[Move]:
     """The moves of one stage, in the order of the first tensor each one takes.
 
-    Names that no group speaks of are moved to themselves. Raises MapError where a group does not fit, or two do.
+    Names that no group speaks of are moved to themselves. `like` are the shapes of tensors such as shall come out, by
+    which a tensor is cut whose parts the map does not tell. Raises MapError where a group does not fit, or two do.
     """
     taken: dict[str, tuple[str, Group]] = {}
     made: dict[str, list[Move]] = {}  # by the first of the old names, in the order of the file
     for group in groups:
         for prefix in _prefixes(group, shapes):
-            moves = [move for step in group.steps if (move := _move(step, prefix, shapes))]
+            moves = [move for step in group.steps if (move := _move(step, prefix, shapes, like or {}))]
             used = [name for move in moves for name in move.old]
             for name in used:
                 if name in taken:
@@ -74,7 +77,18 @@ def _pattern(prefix: str) -> str:
     return re.sub(r"\d+", "*", prefix)
 
 
-def _move(step: Step, prefix: str, shapes: Mapping[str, Shape]) -> Move | None:
+def outcome(moves: Sequence[Move], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The names and shapes that moves make of these."""
+    made: dict[str, Shape] = {}
+    for move in moves:
+        old = shapes[move.old[0]]
+        lengths = move.sizes if len(move.new) > 1 else (sum(move.sizes),)
+        for name, length in zip(move.new, lengths, strict=False):
+            made[name] = (*old[: move.axis], length, *old[move.axis + 1 :]) if move.sizes else old
+    return made
+
+
+def _move(step: Step, prefix: str, shapes: Mapping[str, Shape], like: Mapping[str, Shape]) -> Move | None:
     old = tuple(prefix + name for name in step.sources)
     new = tuple(prefix + name for name in step.targets)
     missing = [name for name in old if name not in shapes]
@@ -82,9 +96,8 @@ def _move(step: Step, prefix: str, shapes: Mapping[str, Shape]) -> Move | None:
         return None
     if missing:
         raise MapError(f"{missing[0]}: missing, while {next(n for n in old if n in shapes)} is there")
-    return Move(
-        old, new, step.axis, _joined(step, old, shapes) if isinstance(step, Concat) else _cut(step, old, shapes)
-    )
+    sizes = _joined(step, old, shapes) if isinstance(step, Concat) else _cut(step, old, new, shapes, like)
+    return Move(old, new, step.axis, sizes)
 
 
 def _joined(step: Concat, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[int, ...]:
@@ -105,7 +118,9 @@ def _joined(step: Concat, old: Sequence[str], shapes: Mapping[str, Shape]) -> tu
     return sizes
 
 
-def _cut(step: Split, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[int, ...]:
+def _cut(
+    step: Split, old: Sequence[str], new: Sequence[str], shapes: Mapping[str, Shape], like: Mapping[str, Shape]
+) -> tuple[int, ...]:
     if len(step.new) == 1 and not step.sizes:
         return ()
     shape = shapes[old[0]]
@@ -117,9 +132,18 @@ def _cut(step: Split, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[
             raise MapError(f"{old[0]}: {total} long, the map says {' + '.join(map(str, step.sizes))}")
         return step.sizes
     if not step.equal and count > 1:
-        raise MapError(
-            f"{old[0]}: how long its {count} parts are depends on the model and is not in the map; give them as sizes"
-        )
+        parts = [like[name] for name in new if name in like]
+        if len(parts) < count:
+            raise MapError(
+                f"{old[0]}: how long its {count} parts are depends on the model and is not in the map; any checkpoint"
+                " of the old model tells (--like)"
+            )
+        if any(len(part) != len(shape) or _others(part, step.axis) != _others(shape, step.axis) for part in parts):
+            raise MapError(f"{old[0]}: of shape {list(shape)}, which does not fit {new[0]} of shape {list(parts[0])}")
+        sizes = tuple(part[step.axis] for part in parts)
+        if sum(sizes) != total:
+            raise MapError(f"{old[0]}: {total} long, while its parts were {' + '.join(map(str, sizes))}")
+        return sizes
     if total % count:
         raise MapError(f"{old[0]}: {total} long, which {count} equal parts cannot be")
     return (total // count,) * count

@@ -145,7 +145,9 @@ def test_one_projection_is_modern(form: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", UNEQUAL)
-def test_parts_whose_lengths_the_code_leaves_open_go_forward_and_not_back_without_them(form: str, tmp_path: Path):
+def test_parts_whose_lengths_the_code_leaves_open_come_back_by_the_shapes_of_another_checkpoint(
+    form: str, tmp_path: Path
+):
     new, weights = rewritten(tmp_path, UNEQUAL[form])
     old_scope, new_scope = load(UNEQUAL[form]), load(new)
     old = built(old_scope)
@@ -154,6 +156,8 @@ def test_parts_whose_lengths_the_code_leaves_open_go_forward_and_not_back_withou
     assert (old_scope["run"](old) - new_scope["run"](net)).abs().max() <= 1e-12
     with pytest.raises(MapError, match=r"layers\.0\.\w+qkv"):
         carry(weights.inverted(), carried.state)
+    other = {name: torch.zeros_like(value) for name, value in old.state_dict().items()}
+    assert same(old.state_dict(), carry(weights.inverted(), carried.state, other).state)
 
 
 def test_a_checkpoint_on_disk_is_carried_by_the_map_that_was_recorded_and_comes_back(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,37 @@ def test_any_tensors_come_back(sizes: list[int], axis: int, shape: tuple[int, ..
     new = carry(weights, state).state
     assert list(new) == ["at.whole"] and new["at.whole"].shape[axis] == sum(sizes)
     assert same(dict(carry(weights.inverted(), new).state), state)
+
+
+OPEN = Group("Attention", (Concat(("q.w", "k.w", "v.w"), "qkv.w", axis=1, equal=False),))
+RENAMED = Group("Attention", (Concat(("qkv.w",), "joint.w"),))
+
+
+def test_parts_of_open_lengths_come_back_by_the_shapes_of_another_checkpoint(recorded: Path):
+    for i, group in enumerate((OPEN, RENAMED)):
+        (recorded / f"000{i + 1}-fuseqkv.json").write_text(WeightMap.of(group).to_json())
+    lengths = {"q": 2, "k": 2, "v": 3}
+    old = {f"{at}.{name}.w": torch.randn(3, n + at, 4) for at in range(2) for name, n in lengths.items()}
+    torch.save(old, "old.pt")
+    torch.save({name: torch.zeros_like(value) for name, value in old.items()}, "untrained.pt")
+    assert run("old.pt", "-o", "new.pt").exit_code == 0
+    assert set(torch.load("new.pt")) == {"0.joint.w", "1.joint.w"}
+    assert "--like" in run("new.pt", "-o", "back.pt", "--reverse").stderr
+    assert run("new.pt", "-o", "back.pt", "--reverse", "--like", "untrained.pt").exit_code == 0
+    assert same(torch.load("back.pt"), old)
+
+
+@pytest.mark.parametrize(("shape", "said"), [((3, 4, 4), r"10 long, while its parts were 4 \+ 4 \+ 4"),
+                                             ((2, 4, 4), r"of shape \[3, 10, 4\], which does not fit")])  # fmt: skip
+def test_another_checkpoint_of_other_sizes_is_none(recorded: Path, shape: tuple[int, ...], said: str):
+    (recorded / "0001-fuseqkv.json").write_text(WeightMap.of(OPEN).to_json())
+    torch.save({"qkv.w": torch.zeros(3, 10, 4)}, "new.pt")
+    torch.save({f"{name}.w": torch.zeros(shape) for name in PARTS}, "other.pt")
+    result = run("new.pt", "-o", "back.pt", "--reverse", "--like", "other.pt")
+    assert result.exit_code == 2 and re.search(said, result.stderr), result.output
+    assert run("new.pt", "-o", "back.pt", "--reverse", "--like", "missing.pt").exit_code == 2
+    assert "--reverse" in run("other.pt", "-o", "again.pt", "--like", "other.pt").stderr
+    assert files(Path.cwd()) == {".modernizer", "new.pt", "other.pt"}
 
 
 def test_what_has_no_place_in_the_map_is_handed_on_unread(state: OrderedDict[str, Tensor]):
