@@ -360,7 +360,7 @@ def _check_axes(holder: Holder, run: Frame, model: ModelMap) -> None:
         query = time_of(context.query, {id(p): START for p in context.query_projections})
         place = _query_letter(context) if context.form == "einsum" else -2
         if query is not None and place is not None:
-            known[id(context.output)] = Time(query.axes + place, query.axes)
+            known[id(context.output)] = Time(query.axes + place, query.axes, query.folded)
     first = next(linear for _, linear in linears_in(_receiver(run)))
     if not any(_is_as_wide(first, p) and _comes_in_place(p.args[0], [x]) for c in contexts for p in _projections(c)):
         raise Refused("the first linear layer of the class is not as wide as the input")
@@ -526,7 +526,7 @@ def _called(call: ast.Call) -> str:
 
 def _takes_modules(value: Value) -> bool:
     """Whether a call with a module among its arguments only keeps, copies or calls it."""
-    if isinstance(value, Class | Function):
+    if isinstance(value, Class | Function) or (isinstance(value, Module) and value.cls is not None):
         return True
     if isinstance(value, Method):
         name = value.function.dotted.rpartition(".")[2] if isinstance(value.function, External) else ""

@@ -16,10 +16,11 @@ _SPLITS = frozenset("chunk split tensor_split".split())
 
 
 class Time(NamedTuple):
-    """The axis of time, of so many axes."""
+    """The axis of time, of so many axes; `folded` where the first of them is heads and batch in one."""
 
     place: int
     axes: int
+    folded: bool = False
 
 
 START = Time(1, 3)
@@ -122,11 +123,13 @@ def _viewed(node: Node, time: Time) -> Time | None:
         return None
     if time == START:
         return None if _is_folded(node) else Time(1, after)
-    if time == (1, 4) and after == 3:  # heads side by side; a first size of -1 would take time into the batch
+    if time.folded:
+        return Time(2, 4) if after == 4 else None
+    if time == Time(1, 4) and after == 3:  # heads side by side; a first size of -1 would take time into the batch
         sizes = _sizes(node)
         is_kept = not _is_folded(node) and not (isinstance(sizes[0], Const) and sizes[0].value == -1)
         return START if is_kept else None
-    return START if time == (2, 4) and after == 3 else None
+    return Time(1, 3, folded=True) if time == Time(2, 4) and after == 3 else None
 
 
 def _split_last(view: Node) -> int:

@@ -45,6 +45,32 @@ class Block(nn.Module):"""),
         (MADE, "        self.attention = PreNorm(dim, Attention(dim, heads))\n"),
         (CALL, "        x = self.attention(x)\n"),
     ),
+    "handed to what adds and norms": changed(
+        PLAIN,
+        ("class Block(nn.Module):", """\
+class Connection(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(dim), nn.Dropout(0.1)
+
+    def forward(self, x, sublayer):
+        return x + self.drop(sublayer(self.norm(x)))
+
+
+class Block(nn.Module):"""),
+        (MADE, MADE + "        self.around = Connection(dim)\n"),
+        (CALL, "        x = self.around(x, self.attention)\n"),
+    ),
+    "heads folded into the batch": changed(
+        WRITTEN,
+        ("        q, k, v = (p(x).view(batch, time, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))\n",
+         "        q, k, v = (p(x).view(batch, time, self.heads, -1) for p in (self.q, self.k, self.v))\n"
+         "        q, k, v = (t.permute(2, 0, 1, 3).reshape(self.heads * batch, -1, self.width) for t in (q, k, v))\n"),
+        ("        scores = q @ k.transpose(-2, -1) / ", "        scores = torch.bmm(q, k.transpose(1, 2)) / "),
+        ("        return self.out(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))\n",
+         "        mixed = mixed.view(self.heads, batch, -1, self.width).permute(1, 2, 0, 3)\n"
+         "        return self.out(mixed.reshape(batch, time, width))\n"),
+    ),
     "in a list of lists": changed(
         PLAIN,
         (MADE, "        self.parts = nn.ModuleList([nn.ModuleList([Attention(dim, heads), nn.LayerNorm(dim)])])\n"),
