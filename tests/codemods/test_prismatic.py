@@ -377,5 +377,12 @@ def test_what_it_promises_is_verified(tmp_path: Path) -> None:
     assert {check.name for check in report.checks} >= {"gradient flow", "causality", "training step"}
 
 
+def test_a_rewritten_model_compiles_as_a_whole(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    new, _ = rewritten(tmp_path, programs.WRITTEN, architectures="none,rope")
+    model = trained(build(new))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(ids()), model(ids()))
+
+
 def test_looked_for_only_by_name() -> None:
     assert "prismatic" not in {rule.name for rule in select([])}

@@ -73,24 +73,70 @@ def test_later_tokens_and_other_rows_change_nothing(cut: int, experts: int, kind
     assert torch.equal(module(x)[0], module(moved)[0])
 
 
-@pytest.mark.parametrize("rank", [8, None])
-def test_identical_experts_are_the_layer(rank: int | None) -> None:
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 7))
+KINDS = st.sampled_from(SelfAttention.POS_TYPES)
+
+
+@quick
+@given(st.integers(1, 6), st.integers(1, 9), st.sampled_from(["prefix", "sequence"]), KINDS, SHAPES, st.booleans())
+def test_identical_experts_are_the_layer(
+    experts: int, rank: int, routing: str, kind: str, shape: tuple[int, int], training: bool
+) -> None:
+    attention, x = SelfAttention(16, 4, pos_type=kind).double(), rand(*shape, 16)
+    module = Prismatic(copy.deepcopy(attention), experts, rank=rank, routing=routing, dropout=0.3).train(training)
+    assert torch.equal(module(x), attention(x))
+    nn.init.normal_(module.router.linear.weight)  # whatever it decides: the experts are one
+    assert torch.equal(module(x), attention(x))
+    one = Prismatic(copy.deepcopy(attention), experts, [kind], rank=rank, routing=routing).train(training)
+    assert torch.equal(one(x), attention(x))
+    if routing == "sequence":
+        merged = Prismatic(copy.deepcopy(attention), experts, rank=rank, routing=routing, merge="weights")
+        assert torch.equal(merged(x), attention(x))
+
+
+@quick
+@given(st.integers(1, 6), KINDS, SHAPES)
+def test_whole_weights_of_identical_experts_are_the_layer(experts: int, kind: str, shape: tuple[int, int]) -> None:
+    attention, x = SelfAttention(16, 4, pos_type=kind).double(), rand(*shape, 16)
+    module = Prismatic(copy.deepcopy(attention), experts, rank=None, routing="sequence", merge="weights")
+    torch.testing.assert_close(module(x), attention(x))  # a merged matrix is a sum, and rounded
+
+
+@quick
+@given(
+    st.integers(2, 6), st.sampled_from([[], BOTH, ["none", "mixed"]]), st.sampled_from([2, 8, None]),
+    st.sampled_from(["prefix", "sequence"]),
+)  # fmt: skip
+def test_gradients_reach_router_and_every_expert(
+    experts: int, kinds: list[str], rank: int | None, routing: str
+) -> None:
     torch.manual_seed(0)
-    attention, x = SelfAttention(16, 4).double(), rand(2, 6, 16)
-    out = Prismatic(copy.deepcopy(attention), 3, rank=rank, noise=0.5)(x)
-    if rank is None:
-        torch.testing.assert_close(out, attention(x))
-    else:
-        assert torch.equal(out, attention(x))
-
-
-def test_gradients_reach_router_and_every_expert() -> None:
-    module = stepped(made(4, BOTH))
+    make = lambda: SelfAttention(16, 4).double()  # noqa: E731
+    given = make if rank is None else make()  # whole weights of one layer would leave nothing to route
+    module = stepped(Prismatic(given, experts, kinds, rank=rank, routing=routing))
     module.zero_grad()
     module(rand(2, 6, 16)).pow(2).sum().backward()
-    assert module.router.linear.weight.grad is not None and module.router.linear.weight.grad.abs().sum() > 0
-    assert all((p.grad.flatten(1).norm(dim=1) > 0).all() for p in module.expert_parameters() if p.grad is not None)
-    assert len(gradient_dynamics(module.expert_parameters())) == 8
+    gradient = module.router.linear.weight.grad
+    assert gradient is not None and (gradient.abs().sum(dim=1) > 0).all()
+    assert all(p.grad is not None and (p.grad.flatten(1).norm(dim=1) > 0).all() for p in module.expert_parameters())
+    assert len(gradient_dynamics(module.expert_parameters())) == 2 * experts
+
+
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("routing", ["prefix", "sequence"])
+def test_the_whole_has_the_right_gradients(rank: int | None, routing: str) -> None:
+    torch.manual_seed(0)
+    module = Prismatic(SelfAttention(4, 2).double(), 3, BOTH, rank=rank, routing=routing, noise=0.0, embed_dim=4)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def run(x: Tensor, *given: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(module, dict(zip(names, given, strict=True)), (x,))
+        return out
+
+    inputs = [rand(2, 3, 4).requires_grad_(), *(v.detach().clone().requires_grad_() for v in values)]
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 def test_mixers_have_the_right_gradients() -> None:
@@ -152,19 +198,27 @@ def test_frozen_at_the_prompt_keeps_its_mixture() -> None:
     assert module.expert.qkv.frozen is None
 
 
-def test_compiles_without_a_break_in_the_default_form() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_a_break_in_the_default_form(training: bool) -> None:
     torch._dynamo.reset()
-    module, x = made(2, BOTH), rand(2, 6, 16)
-    module.eval()
+    module, x = stepped(made(2, BOTH)).train(training), rand(2, 6, 16)
+    module.router.noise = 0.0
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
+    if training:
+        compiled(x).sum().backward()
+        assert module.balance is not None and module.router.linear.weight.grad is not None
 
 
-def test_bfloat16() -> None:
-    module = made(2, BOTH).bfloat16()
-    out = module(rand(2, 6, 16).bfloat16())
+def test_bfloat16_is_as_close_as_the_plain_operations_are() -> None:
+    module, x = stepped(made(2, BOTH)).float(), rand(4, 32, 16).float()
+    expected, plain = module(x), [copy.deepcopy(module.expert).bfloat16()(x.bfloat16(), pos_type=k) for k in BOTH]
+    theirs = max((p.float() - module.expert(x, pos_type=k)).abs().max() for p, k in zip(plain, BOTH, strict=True))
+    low = copy.deepcopy(module).bfloat16()
+    out = low(x.bfloat16())
     out.sum().backward()
-    assert out.dtype == torch.bfloat16 and torch.isfinite(out).all()
+    assert out.dtype == torch.bfloat16 and (out.float() - expected).abs().max() <= 2 * theirs
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in low.expert_parameters())
 
 
 @pytest.mark.filterwarnings("ignore:routing=")
