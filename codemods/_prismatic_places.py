@@ -240,6 +240,7 @@ def check(model: ModelMap, holder: Holder, routing: str) -> None:
     for run in holder.runs:
         _check_axes(holder, run, model)
     _check_reads(model, holder)
+    _check_layers(model, holder)
     check_program(model)
 
 
@@ -493,6 +494,24 @@ def _check_reads(model: ModelMap, holder: Holder) -> None:
                 if f".{name}." in text or text.startswith(f"{name}."):
                     where = source.location(constants[0])
                     raise Refused(f"weights of it are called by their names at {where.path.name}:{where.line}")
+
+
+def _check_layers(model: ModelMap, holder: Holder) -> None:
+    """Whether the linear layers are plain ones to the end: nothing re-parametrises or replaces one."""
+    for module in holder.modules:
+        for _, linear in linears_in(module):
+            for node, frame in model.graph.machine.reads.get(id(linear), ()):
+                source = frame.scope.source
+                above = parents(source.tree).get(node)
+                if not isinstance(above, ast.Call) or above.func is node:
+                    continue
+                callee = [v for f, v in model.graph.machine.at.get(above.func, ()) if f is frame]
+                if not all(_takes_modules(v) and not _is_utility(v) for v in callee):
+                    raise Refused(f"a linear layer of it is handed to {ast.unparse(above.func)}, which may change it")
+
+
+def _is_utility(value: Value) -> bool:
+    return isinstance(value, External) and value.dotted.startswith("torch.nn.utils.")
 
 
 def _check_read(model: ModelMap, node: ast.AST, frame: Frame) -> None:

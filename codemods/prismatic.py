@@ -122,7 +122,10 @@ def _upgrade(
     edits: dict[object, Edit] = {}
     for edit in (edit for _, own in made for edit in own):
         edits.setdefault(_key(edit), edit)
-    notes = [said, "old checkpoints load as they are: every expert starts as the attention that they hold"]
+    weights = weight_map(model, holders)
+    notes = [said, "load_state_dict takes old checkpoints as they are: every expert starts as the attention they hold"]
+    if weights is not None:
+        notes.append("code that picks weights out of a checkpoint by name wants it moved by `modernize migrate`")
     if _architectures(options):
         notes.append("the experts attend with other positions than before: train on")
     if options.get("routing") == "batch":
@@ -137,7 +140,7 @@ def _upgrade(
         f"self-attention becomes experts{places}",
         (*edits.values(), *loss),
         tuple(notes),
-        weight_map(model, holders),
+        weights,
     )
 
 

@@ -253,6 +253,14 @@ REFUSED: dict[str, tuple[str, str, dict[str, object]]] = {
                         + PROJECTED)),
         "plain nn.Linear layers", {},
     ),
+    "a layer is given another form": (
+        changed(
+            PLAIN,
+            ("        self.out = nn.Linear(dim, dim)\n",
+             "        self.out = nn.Linear(dim, dim)\n        nn.utils.parametrizations.weight_norm(self.out)\n"),
+        ),
+        "which may change it", {},
+    ),
     "weights are called by name": (
         changed(PLAIN, ("class Block(nn.Module):", 'NAMES = ["blocks.0.attention.q.weight"]\n\n\nclass Block(nn.Module):')),
         "called by their names", {},

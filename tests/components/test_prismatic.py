@@ -329,6 +329,18 @@ def test_the_input_may_come_by_its_name() -> None:
         module(attn_mask=mask)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_layer_whose_weight_is_made_by_a_hook_stays_as_it_is() -> None:
+    attention, x = SelfAttention(16, 4).double(), rand(2, 5, 16)
+    torch.nn.utils.weight_norm(attention.out)
+    expected = attention(x)
+    module = Prismatic(attention, 3)
+    assert torch.equal(module(x), expected)
+    assert type(module.expert.out) is nn.Linear and isinstance(module.expert.qkv, LowRankExperts)
+    assert {"weight_g", "weight_v"} <= dict(module.expert.out.named_parameters()).keys()
+    assert torch.isfinite(stepped(module)(x)).all()
+
+
 def test_threads_do_not_see_each_others_routing() -> None:
     module, inputs = stepped(made(4, BOTH)), [rand(2, 4 + i, 16) for i in range(4)]
     meeting, inner = threading.Barrier(4, timeout=60), module.expert.mixed

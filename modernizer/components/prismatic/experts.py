@@ -165,12 +165,17 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear
     """The plain ``nn.Linear`` below a module, each with its owner and name there.
 
     Subclasses are left out: who derives from ``nn.Linear`` may read its weight in another way, as torch's
-    attention does.
+    attention does. So are layers whose weight is made by a hook, as by ``weight_norm``.
     """
     for owner in list(module.modules()):
         for name, child in list(owner.named_children()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear) and is_plain(child):
                 yield owner, name, child
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that multiplies by a parameter of its own."""
+    return type(module) is nn.Linear and module._parameters.get("weight") is not None
 
 
 def expert_layers(module: nn.Module) -> Iterator[LowRankExperts | StackedExperts]:

@@ -16,6 +16,7 @@ from modernizer.components.prismatic.experts import (
     Routing,
     StackedExperts,
     expert_layers,
+    is_plain,
     linear_layers,
 )
 from modernizer.components.prismatic.gradient_phases import gradient_dynamics, modify_expert_gradients
@@ -312,7 +313,7 @@ def _apart(device: torch.device) -> Iterator[None]:
 def _paths(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The plain linear layers below a module by their path in it, those that stand in two places twice."""
     for path, child in module.named_modules(remove_duplicate=False):
-        if type(child) is nn.Linear and path:
+        if isinstance(child, nn.Linear) and is_plain(child) and path:
             yield path, child
 
 
