@@ -239,6 +239,7 @@ def active_tiles(bench: Bench) -> None:
             "all tiles": adapter(x),
             "literal: 154 tiles weighted by a softmax": joined(plan, (parts * kept[..., None]).sum(2)) + adapter.bias,
             "154 tiles by their norms (MicroMoE)": sparse(x),
+            "the same, the mean known": MicroMoE(adapter, ACTIVE, mean=problem.gram.mean)(x),
             "154 tiles by what they contribute (no gate can know)": sparse(x, own),
             f"low rank at the same cost (rank {rank})": LowRankAdapter.fit(
                 problem.gram, rank, ridge=RIDGE, dtype=torch.float64
@@ -377,7 +378,7 @@ def inference(bench: Bench) -> None:
     dense = nn.Linear(size, size).to(bench.device)
     adapter = PrismAdapter(size, size).to(bench.device)
     adapter.load_state_dict(dense.state_dict())
-    sparse = MicroMoE(adapter, ACTIVE, scope="batch")
+    sparse, own = MicroMoE(adapter, ACTIVE, scope="batch"), MicroMoE(adapter, ACTIVE)
     tiles = adapter.tiles
     with tempfile.TemporaryDirectory() as folder:
         adapter.save_pretrained(folder)
@@ -394,7 +395,7 @@ def inference(bench: Bench) -> None:
                 "literal: a loop over 512 tiles": lambda x=x: by_loop(adapter, x),
                 "literal: tiles by einsum": lambda x=x: by_einsum(adapter.plan, tiles, x),
                 "154 tiles, one choice for the batch": lambda x=x: sparse(x),
-                "154 tiles, each token its own": lambda x=x: MicroMoE(adapter, ACTIVE)(x),
+                "154 tiles, each token its own": lambda x=x: own(x),
                 "154 tiles from disk, 8 MiB held": lambda x=x: StoredPrism(store)(x, range(ACTIVE)),
             }
             near |= side_by_side(bench.device, runs, 3)

@@ -135,7 +135,10 @@ def gather(
     if not shared:
         assert gram is not None
         return gram
-    _agree(gram, problem, group)
+    try:
+        _agree(gram, problem, group)
+    finally:
+        del problem  # its traceback holds this frame, which would keep the group alive until the program ends
     assert gram is not None
     gram.all_reduce(group)
     return gram
@@ -147,7 +150,10 @@ def _agree(gram: Gram | None, problem: Exception | None, group: dist.ProcessGrou
     said: list[object] = [None] * dist.get_world_size(group)
     dist.all_gather_object(said, (sizes, None if problem is None else str(problem)), group=group)
     if problem is not None:
-        raise problem
+        try:
+            raise problem
+        finally:
+            del problem
     for rank, answer in enumerate(said):
         other, trouble = answer if isinstance(answer, tuple) else (None, "no answer")
         if trouble is not None:

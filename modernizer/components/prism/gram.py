@@ -47,6 +47,11 @@ class Gram:
     def out_features(self) -> int:
         return self._xz.shape[1]
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the inputs ``[in_features]``; NaN before there are any."""
+        return self._x / self.samples if self.samples else self._x + torch.nan
+
     @torch.no_grad()
     def update(self, x: Tensor, z: Tensor) -> None:
         """Add the pairs of a batch: ``x [..., in]`` and ``z [..., out]`` with equal leading axes.

@@ -10,7 +10,7 @@ from modernizer.components.prism.adapter import PrismAdapter
 
 __all__ = ["MicroMoE"]
 
-_FEW = 32  # tokens that share their tiles, up to which the tiles are gathered rather than visited one by one
+_FEW = 32  # tokens that share their tiles, up to which a GPU gathers the tiles rather than visit each
 
 
 class MicroMoE(nn.Module):
@@ -26,10 +26,24 @@ class MicroMoE(nn.Module):
         active: tiles for each token.
         scope: "token" (each its own) or "batch" (one choice for all tokens of a call).
         gate: instead of the norms, a module ``[..., in_features] -> [..., tiles]`` whose largest scores are chosen.
+        mean: ``[in_features]``, the mean of the inputs (`Gram.mean`), kept as a buffer. Tiles that are left out then
+            count as what they give it, not as nothing, and tiles are scored by the distance from it: of use where the
+            mean is not small beside the spread.
+
+    Raises:
+        ValueError: more active tiles than there are, another scope, or a mean of another width.
     """
 
+    mean: Tensor | None
+
     def __init__(
-        self, adapter: PrismAdapter, active: int = 154, *, scope: str = "token", gate: nn.Module | None = None
+        self,
+        adapter: PrismAdapter,
+        active: int = 154,
+        *,
+        scope: str = "token",
+        gate: nn.Module | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= active <= adapter.plan.tiles:
@@ -37,7 +51,10 @@ class MicroMoE(nn.Module):
         if scope not in ("token", "batch"):
             raise ValueError(f'scope is "token" or "batch", not {scope!r}')
         self.adapter, self.active, self.scope, self.gate = adapter, active, scope, gate
-        self._norms: tuple[object, Tensor] | None = None
+        if mean is not None and tuple(mean.shape) != (adapter.in_features,):
+            raise ValueError(f"the mean has {adapter.in_features} features, not {tuple(mean.shape)}")
+        self.register_buffer("mean", None if mean is None else mean.detach().to(adapter.weight))
+        self._of_weight: tuple[object, Tensor, Tensor | None] | None = None
 
     def scores(self, x: Tensor) -> Tensor:
         """How much each tile may matter: ``[..., in_features] -> [..., tiles]``."""
@@ -45,23 +62,28 @@ class MicroMoE(nn.Module):
             found: Tensor = self.gate(x)
             return found
         plan = self.adapter.plan
+        if self.mean is not None:
+            x = x - self.mean
         if plan.in_features % plan.cols:
             inputs = torch.stack([x[..., a:b].norm(dim=-1) for a, b in plan.col_spans], -1)
         else:
             inputs = x.reshape(*x.shape[:-1], plan.cols, -1).norm(dim=-1)  # [..., cols]
-        return (inputs[..., None, :] * self._tile_norms()).flatten(-2)
+        return (inputs[..., None, :] * self._known()[0]).flatten(-2)
 
     @torch.no_grad()
-    def _tile_norms(self) -> Tensor:
-        """The norm of every tile ``[rows, cols]``, made anew only where the weight has changed."""
-        weight, plan = self.adapter.weight, self.adapter.plan
+    def _known(self) -> tuple[Tensor, Tensor | None]:
+        """The norm of every tile ``[rows, cols]`` and the output at the mean, anew only where the weight changed."""
+        weight, bias, plan = self.adapter.weight, self.adapter.bias, self.adapter.plan
+        parts = [part for part in (weight, bias, self.mean) if part is not None]
         # Tensors made in inference mode keep no count of their changes.
-        state = None if weight.is_inference() else (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        if self._norms is None or state is None or self._norms[0] != state:
+        lasting = not any(part.is_inference() for part in parts)
+        state = [(part._version, part.data_ptr(), part.dtype, part.device) for part in parts] if lasting else None
+        if self._of_weight is None or state is None or self._of_weight[0] != state:
             squares = weight.square()
             by_column = torch.stack([squares[:, a:b].sum(1) for a, b in plan.col_spans], 1)  # [out, cols]
-            self._norms = state, torch.stack([by_column[a:b].sum(0) for a, b in plan.row_spans]).sqrt()
-        return self._norms[1]
+            norms = torch.stack([by_column[a:b].sum(0) for a, b in plan.row_spans]).sqrt()
+            self._of_weight = state, norms, bias if self.mean is None else self.adapter(self.mean)
+        return self._of_weight[1:]
 
     def choose(self, x: Tensor) -> Tensor:
         """The active tiles ``[tokens, active]`` of ``x [tokens, in_features]``; ``[1, active]`` for the whole batch."""
@@ -80,14 +102,20 @@ class MicroMoE(nn.Module):
             raise ValueError(f"this adapter takes {plan.in_features} features, not {x.shape[-1]}")
         flat = x.reshape(-1, plan.in_features)
         chosen = self.choose(flat) if tiles is None else tiles
+        start: Tensor | None = self.adapter.bias
+        if self.mean is not None:
+            flat, start = flat - self.mean, self._known()[1]
         divides = not (plan.in_features % plan.cols or plan.out_features % plan.rows)
-        if len(chosen) == 1 and len(flat) <= _FEW and divides:
-            return self._at_once(flat, torch.unique(chosen[0]) if tiles is not None else chosen[0]).reshape(
-                *x.shape[:-1], plan.out_features
-            )
+        if flat.is_cuda and divides and len(chosen) == 1 and len(flat) <= _FEW:
+            out = self._at_once(flat, chosen[0] if tiles is None else torch.unique(chosen[0]))
+        else:
+            out = self._one_by_one(flat, chosen)
+        return (out if start is None else out + start).reshape(*x.shape[:-1], plan.out_features)
+
+    def _one_by_one(self, flat: Tensor, chosen: Tensor) -> Tensor:
+        """What each tile adds to the tokens that chose it: ``[tokens, out_features]``."""
+        plan = self.adapter.plan
         out = flat.new_zeros(len(flat), plan.out_features)
-        if self.adapter.bias is not None:
-            out = out + self.adapter.bias
         order = chosen.flatten().argsort(stable=True)
         owners = torch.div(order, chosen.shape[1], rounding_mode="floor")
         counts = torch.bincount(chosen.flatten(), minlength=plan.tiles).tolist()
@@ -101,7 +129,7 @@ class MicroMoE(nn.Module):
                 out[:, rows] += F.linear(flat[:, cols], weight)
             else:
                 out[tokens, rows] += F.linear(flat[tokens, cols], weight)
-        return out.reshape(*x.shape[:-1], plan.out_features)
+        return out
 
     def _at_once(self, flat: Tensor, tiles: Tensor) -> Tensor:
         """What a few tokens get of equal tiles, gathered and evaluated together: ``[tokens, out_features]``."""
@@ -112,8 +140,7 @@ class MicroMoE(nn.Module):
         read = flat.reshape(-1, plan.cols, width)[:, col].transpose(0, 1)  # [tiles, tokens, width]
         made = torch.bmm(read, weight.transpose(1, 2)).to(flat.dtype)
         sums = flat.new_zeros(plan.rows, len(flat), height).index_add(0, row, made)
-        out = sums.transpose(0, 1).reshape(len(flat), plan.out_features)
-        return out if self.adapter.bias is None else out + self.adapter.bias
+        return sums.transpose(0, 1).reshape(len(flat), plan.out_features)
 
     def extra_repr(self) -> str:
         return f"active={self.active} of {self.adapter.plan.tiles}, scope={self.scope}"
