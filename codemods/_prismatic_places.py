@@ -241,7 +241,7 @@ def check(model: ModelMap, holder: Holder, routing: str) -> None:
         _check_axes(holder, run, model)
     _check_reads(model, holder)
     _check_layers(model, holder)
-    check_program(model)
+    check_program(model, knows=_sorts_by_kind)
 
 
 def _check_made(model: ModelMap, holder: Holder) -> None:
@@ -342,6 +342,24 @@ def _check_content(model: ModelMap, holder: Holder) -> None:
     clash = sorted(own & _TAKEN - {"batch_first"})
     if clash:
         raise Refused(f"the class has {clash[0]}, which a Prismatic module has too")
+
+
+def _sorts_by_kind(sorting: ast.FunctionDef) -> bool:
+    """Whether parameters are sorted by the class of their module and the end of their name: those of experts and
+    routers belong to linear layers too, and end in `weight` and `bias`."""
+    calls = [n for n in below(sorting) if isinstance(n, ast.Call)]
+    ends = {
+        a.value
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "endswith"
+        for a in call.args
+        if isinstance(a, ast.Constant)
+    }
+    asked = {_called(call) for call in calls}
+    names = {_word(n) for n in below(sorting) if isinstance(n, ast.Name | ast.Attribute)}
+    return (
+        {"weight", "bias"} <= ends and "isinstance" in asked and "Linear" in names and not names & {"type", "__class__"}
+    )
 
 
 # -- where positions are

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from codemods._relay_checks import Refused
@@ -135,21 +135,25 @@ def _free_name(owner: Class, modules: Sequence[Module]) -> str:
     return next(name for name in ("relay", *(f"relay_{i}" for i in range(2, 99))) if name not in taken)
 
 
-def check_program(model: ModelMap) -> None:
-    """Raises Refused where the program counts its parameters one by one, or compiles its modules from their source."""
+def check_program(model: ModelMap, knows: Callable[[ast.FunctionDef], bool] = lambda sorting: False) -> None:
+    """Raises Refused where the program counts its parameters one by one, or compiles its modules from their source.
+
+    `knows` says of a function that sorts parameters whether it will know the new ones.
+    """
     for source in model.project.files():
         if is_vendored(source):
             continue
         for name in mentions(source.tree).attributes["named_parameters"]:
             around = next((n for n in outward(source.tree, name) if isinstance(n, ast.FunctionDef)), None)
-            if around is not None and any(isinstance(n, ast.Assert | ast.Raise) for n in below(around)):
+            stops = around is not None and any(isinstance(n, ast.Assert | ast.Raise) for n in below(around))
+            if around is not None and stops and not knows(around):
                 raise Refused(f"the program sorts its parameters by name at {_short(source.location(name))} and stops"
                               " at unknown ones")  # fmt: skip
         for word, home in _COMPILERS:
             for name in mentions(source.tree).attributes[word]:
                 if isinstance(name.value, ast.Attribute | ast.Name) and ast.unparse(name.value).endswith(home):
-                    raise Refused(f"modules are made into graphs at {_short(source.location(name))}, which a relay does"
-                                  " not allow")  # fmt: skip
+                    raise Refused(f"modules are made into graphs at {_short(source.location(name))}, which parts that"
+                                  " look at sizes do not allow")  # fmt: skip
 
 
 def _short(where: Location) -> str:

@@ -343,3 +343,26 @@ TWO_LOSSES = changed(
         "            loss = loss + F.mse_loss(logits, logits * 0)\n        return logits, loss\n",
     ),
 )
+
+SORTED = (
+    PLAIN
+    + """
+    def groups(self):
+        decay, others = set(), set()
+        for home, module in self.named_modules():
+            for name, parameter in module.named_parameters():
+                full = f"{home}.{name}" if home else name
+                if name.endswith("bias"):
+                    others.add(full)
+                elif name.endswith("weight") and isinstance(module, (nn.Linear,)):
+                    decay.add(full)
+                elif name.endswith("weight") and isinstance(module, (nn.LayerNorm, nn.Embedding)):
+                    others.add(full)
+                elif name.endswith("scale"):
+                    others.add(full)
+        known = {name for name, _ in self.named_parameters()}
+        assert not decay & others
+        assert not known - (decay | others), f"not sorted: {known - (decay | others)}"
+        return decay, others
+"""
+)

@@ -307,6 +307,15 @@ def test_where_no_loss_is_the_one_it_is_told(text: str, tmp_path: Path) -> None:
     assert any("to the training loss" in note for note in report.sites[0].notes)
 
 
+def test_parameters_that_are_sorted_by_kind_stay_sorted(tmp_path: Path) -> None:
+    new, report = rewritten(tmp_path, programs.SORTED)
+    assert_same(programs.SORTED, new, report)
+    decay, others = build(new).groups()  # type: ignore[operator]
+    ends = ("up_weight", "down_weight", "router.linear.weight")
+    assert all(any(name.endswith(end) for name in decay) for end in ends)
+    assert any(name.endswith("router.linear.bias") for name in others)
+
+
 # -- files
 
 
