@@ -241,12 +241,12 @@ def is_number(value: Value | None) -> bool:
 # -- from a product to the call that hands its operands in
 
 
-def lift(code: Code, anchor: Anchor) -> list[Anchor]:
+def lift(code: Code, anchor: Anchor, is_only_read: bool = True) -> list[Anchor]:
     """The anchors one call further out, one for each call expression. Raises Cannot where the operands are not simply
-    arguments of the function."""
+    arguments of the function, or read for something else and `is_only_read` asks for that."""
     traces = [trace(code, p, anchor.function, anchor.contexts) for p in (anchor.query, anchor.key)]
     query, key = (found[-1] for found in traces)
-    names = [_parameter(code, anchor, found) for found in traces]
+    names = [_parameter(code, anchor, found, is_only_read) for found in traces]
     calls: dict[ast.AST, list[Context]] = {}
     for context in anchor.contexts:
         caller, call = context.frame.caller, context.frame.call
@@ -265,7 +265,7 @@ def lift(code: Code, anchor: Anchor) -> list[Anchor]:
     return found
 
 
-def _parameter(code: Code, anchor: Anchor, found: Sequence[Part]) -> str:
+def _parameter(code: Code, anchor: Anchor, found: Sequence[Part], is_only_read: bool) -> str:
     """The parameter an operand is, if it is read for nothing else."""
     first = found[-1].expr
     if not isinstance(first, ast.Name):
@@ -275,7 +275,7 @@ def _parameter(code: Code, anchor: Anchor, found: Sequence[Part]) -> str:
         if given is None or code.value(first, context.frame) is not given:
             raise Cannot("query and key are computed inside this function", place(anchor.contexts[0].attention))
     used = [part.expr for part in found]
-    for part in found:
+    for part in found if is_only_read else ():
         assert isinstance(part.expr, ast.Name)
         for load in code.loads(anchor.function, part.expr.id):
             if load not in used and not code.is_shape_read(load) and not _is_other(code, anchor, part.expr, load):

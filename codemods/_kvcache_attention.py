@@ -54,10 +54,10 @@ def updates_for(code: Code, attentions: Sequence[Attention]) -> list[Update]:
 
 def _updates(code: Code, attentions: Sequence[Attention]) -> list[Update]:
     first = attentions[0]
-    if first.form not in ("matmul", "einsum"):
+    if first.form not in ("matmul", "einsum", "sdpa"):
         what = {"mha": "torch's own attention module", "torch_layer": "torch's own layers"}.get(first.form, first.form)
         raise Cannot(f"keys and values inside {what} cannot be kept", place(first),
-                     "use rope, sdpa or swiglu first where they apply, or write the attention out")  # fmt: skip
+                     "use rope or swiglu first where they apply, or write the attention out")  # fmt: skip
     contexts = [Context(a, a.frame, True) for a in attentions]
     anchor = product_anchor(code, contexts)
     key = unwrap(code, anchor.key, contexts)
@@ -69,7 +69,7 @@ def _updates(code: Code, attentions: Sequence[Attention]) -> list[Update]:
     for _ in range(MAX_LIFT):
         if all(code.self_name(c.frame) is not None for a in anchors for c in a.contexts):
             break
-        anchors = [lifted for a in anchors for lifted in lift(code, a)]
+        anchors = [lifted for a in anchors for lifted in lift(code, a, is_only_read=False)]
         query = None
     for found in anchors:
         key, value = (unwrap(code, p, found.contexts) for p in (found.query, found.key))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from codemods._anchors import Code
 from codemods._kvcache_attention import Update, module_of
@@ -15,6 +15,7 @@ from codemods._kvcache_time import Timeline
 from codemods._survey import Cannot, place
 from modernizer.graph.query import is_const, location
 from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
+from modernizer.model_map.attention import Attention
 from modernizer.model_map.position import NOISE
 from modernizer.syntax import below, mentions, outward
 
@@ -30,7 +31,8 @@ def check(code: Code, generation: Generation, line: Timeline, updates: Sequence[
     _check_counting(code, generation, line)
     _check_counted(code, generation)
     _check_turns(generation, line)
-    if generation.is_cropped and not all(_is_one_step(v, generation.time_axis) for v in generation.added):
+    counted = generation.is_cropped or bool(line.repair.causal)
+    if counted and not generation.adds_one and not all(_is_one_step(v, generation.time_axis) for v in generation.added):
         raise Cannot("how many steps each turn adds cannot be told", generation.location)
 
 
@@ -39,11 +41,29 @@ def _check_layers(code: Code, generation: Generation, updates: Sequence[Update])
     by_scores = {id(a): module_of(code, f) for u in updates for f, a in u.frames}
     turns = [[by_scores[id(a)] for a in turn if id(a) in by_scores] for turn in generation.turns]
     for turn, attentions in zip(turns, generation.turns, strict=True):
-        if len({id(m) for m in turn}) < len(turn):
+        if any(
+            a is b and not _exclude(code, x, y)
+            for (a, x), (b, y) in combinations(zip(turn, attentions, strict=False), 2)
+        ):
             raise Cannot("one layer attends several times in a turn: its keys could not be told apart",
                          place(attentions[0]))  # fmt: skip
     if any([id(m) for m in turn] != [id(m) for m in turns[0]] for turn in turns):
         raise Cannot("not every turn runs the same layers", generation.location)
+
+
+def _exclude(code: Code, one: Attention, other: Attention) -> bool:
+    """Whether of two attentions only one happens: they stand in different branches."""
+    if one.frame is not other.frame or one.scores.node is None or other.scores.node is None:
+        return False
+    tree = one.frame.scope.source.tree
+    around = [list(outward(tree, node)) for node in (one.scores.node, other.scores.node)]
+    for outer in around[0]:
+        if isinstance(outer, ast.If) and outer in around[1]:
+            arms = [set(map(id, outer.body)), set(map(id, outer.orelse))]
+            places = [[any(id(n) in arm for n in chain) for arm in arms] for chain in around]
+            if places in ([[True, False], [False, True]], [[False, True], [True, False]]):
+                return True
+    return False
 
 
 def _check_results(generation: Generation, line: Timeline) -> None:

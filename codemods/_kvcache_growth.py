@@ -115,7 +115,7 @@ def _by_list(graph: Graph) -> Iterator[Generation]:
                 continue
             ends = [max((leaf.order for leaf in _leaves(v)), default=-1) + 1 for v in appended]
             if repeat.first <= tensors[0].order < ends[0] <= tensors[1].order < ends[1] <= repeat.last:
-                yield Generation(frame, loop, tensors, appended, ends, depth, depth + 1, repeat)
+                yield Generation(frame, loop, tensors, appended, ends, depth, depth + 1, repeat, adds_one=True)
 
 
 def _appended(graph: Graph, frame: Frame, loop: Loop, name: ast.Name, repeat: Repeat) -> list[Value] | None:
@@ -261,7 +261,9 @@ def _filled(graph: Graph, loop: ast.For, repeat: Repeat, windows: Sequence[Node]
         if written != 1:
             return None
     ends = [turn[-1].order for turn in turns]
-    made = Generation(repeat.frame, loop, list(windows), added, ends, axis, rank(windows[0]), repeat, picks=picks)
+    made = Generation(
+        repeat.frame, loop, list(windows), added, ends, axis, rank(windows[0]), repeat, adds_one=True, picks=picks
+    )
     made.lengths = lengths
     return made
 

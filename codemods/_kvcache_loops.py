@@ -43,6 +43,7 @@ class Generation:
     axis: int | None  # along which the sequence grows; may be negative
     axes: int | None  # how many it has; None where the code does not say
     repeat: Repeat  # the one time the loop ran
+    adds_one: bool = False  # a step a turn, as its code shows; else what is added has to tell
     lengths: list[tuple[Const, Const, Number]] = field(default_factory=list)  # numbers that are its length, each turn's
     picks: list[Pick] = field(default_factory=list)
     turns: list[list[Attention]] = field(default_factory=list)

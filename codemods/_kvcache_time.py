@@ -35,7 +35,7 @@ from codemods._kvcache_axes import (
     reshaped,
     speaks_of,
 )
-from codemods._kvcache_masks import is_blocked
+from codemods._kvcache_masks import BLOCKS, future, is_blocked
 from codemods._survey import Cannot
 from modernizer.graph.query import IDENTITY, is_const, is_none, location
 from modernizer.graph.rank import is_ellipsis, rank
@@ -64,6 +64,7 @@ class Repair:
     tables: dict[ast.AST, Frame] = field(default_factory=dict)  # `mask[:T, :T]`
     lengths: dict[ast.AST, Frame] = field(default_factory=dict)  # `ones(T, T)`
     rows: dict[ast.AST, Frame] = field(default_factory=dict)  # masks of which only the last rows are wanted
+    causal: dict[ast.AST, Frame] = field(default_factory=dict)  # calls with `is_causal=True`
     lasts: dict[ast.AST, Frame] = field(default_factory=dict)  # `logits[:, T - 1]`
 
 
@@ -82,6 +83,7 @@ class Timeline:
         self.repair = Repair()
         self.drops: list[Node] = []  # dropout on the way
         self.products: list[Node] = []  # where new queries meet all keys
+        self.attended: list[Node] = []  # attention in one call
         self.rows_move = False  # whether rows of the batch are picked anew
 
     # -- reading
@@ -642,13 +644,108 @@ def _applies_weights(
 
 @types("scaled_dot_product_attention")
 def attended(line: Timeline, node: Node) -> Known | None:
+    """Attention in one call: of new queries to keys and values of the whole sequence, or to others."""
     query, key, value = (line.tensor(v, node) for v in node.args[:3])
-    if query is None or not query.axes[-2].is_time or query.axes[-1].has_time:
+    if query is None or len(query.axes) < 2 or not query.axes[-2].is_time or query.axes[-1].has_time:
         raise Stops("attention whose queries are not made of the sequence alone")
+    _check_dropout(line, node)
     if key is None and value is None:
-        line.free_others(node, start=3)
+        _check_mask_rows(line, node, (*query.axes[:-1], free()))
         return Tensor(_without(query, len(query.axes) - 1, free()))
-    raise Stops("a call of scaled_dot_product_attention")
+    if key is None or value is None or len(key.axes) != len(query.axes) or len(value.axes) != len(query.axes):
+        raise Stops("attention to keys or values that are not both made of the sequence")
+    if (
+        any(t.axes[-1].has_time or not t.axes[-2].is_like(key.axes[-2]) for t in (key, value))
+        or not key.axes[-2].is_time
+    ):
+        raise Stops("attention to keys or values whose steps cannot be followed")
+    if any(not a.is_like(b) for t in (key, value) for a, b in zip(query.axes[:-2], t.axes[:-2], strict=True)):
+        raise Stops("queries and keys with other axes before time")
+    _check_mask(line, node, (*query.axes[:-1], key.axes[-2]))
+    line.attended.append(node)
+    return Tensor((*query.axes[:-1], value.axes[-1]))
+
+
+def _check_mask(line: Timeline, node: Node, scores: tuple[Axis, ...]) -> None:
+    """Raises Stops where a call does not surely keep queries from later keys."""
+    given = _mask_of(node)
+    causal = _argument(node, 5, "is_causal")
+    if given is None and is_const(causal, True):
+        if scores[-2].letter == NEW and node.node is not None:
+            line.repair.causal[node.node] = node.frame
+        return
+    if given is None or not is_const(causal, False, None):
+        raise Stops("attention is not proven causal: what a step sees may be ahead of it")
+    mask, blocks = given
+    ahead = future(mask)
+    if blocks is None:
+        is_blocked_ = ahead is not None and (ahead == 0 if _is_boolean(mask) else ahead <= BLOCKS)
+        known = _is_boolean(mask) or (ahead is not None and ahead <= BLOCKS)
+    else:
+        is_blocked_, known = ahead == blocks, True
+    if not is_blocked_ or not known:
+        raise Stops("attention is not proven causal: what a step sees may be ahead of it")
+    _check_mask_rows(line, node, scores)
+
+
+def _check_mask_rows(line: Timeline, node: Node, scores: tuple[Axis, ...]) -> None:
+    for mask in (_argument(node, 3, "attn_mask"), node.kwargs.get("blocked"), node.kwargs.get("bias")):
+        known = line.tensor(mask, node) if mask is not None and not is_none(mask) else None
+        if known is not None and mask is not None:
+            line._met(node, scores, mask, known.axes, node.args[0])
+
+
+def _mask_of(node: Node) -> tuple[Value, float | None] | None:
+    """The mask of a call, and which value of it blocks: None where its type decides."""
+    if node.name.endswith("masked_attention"):
+        blocked, bias = node.kwargs.get("blocked"), node.kwargs.get("bias")
+        if blocked is not None and not is_none(blocked):
+            return blocked, 1.0
+        return (bias, None) if bias is not None and not is_none(bias) else None
+    mask = _argument(node, 3, "attn_mask")
+    return None if is_none(mask) else (mask, None)
+
+
+def _is_boolean(value: Value) -> bool:
+    """Whether a mask is surely of truth values."""
+    if not isinstance(value, Node):
+        return False
+    if value.op in _COMPARISONS or value.op in ("bool", "logical_not", "logical_and", "logical_or", "isinf", "isnan"):
+        return True
+    if value.op in ("and", "or", "invert", "tril", "triu", "merge", *IDENTITY - {"float", "to", "type"}) or (
+        value.op in ("getitem", "unsqueeze", "expand", "view", "transpose", "setitem", "reshape")
+    ):
+        parts = value.args if value.op in ("and", "or", "merge") else value.args[:1]
+        return all(_is_boolean(p) for p in parts if not is_none(p))
+    kind = value.kwargs.get("dtype", value.args[1] if value.op in ("to", "type") and len(value.args) > 1 else None)
+    return getattr(kind, "dotted", "") == "torch.bool"
+
+
+def _check_dropout(line: Timeline, node: Node) -> None:
+    """Raises Stops where a call drops weights outside of training."""
+    given = _argument(node, 4, "dropout_p")
+    choices = [given, *given.absorbed] if isinstance(given, Node) and given.op == "merge" else []
+    asked = [asked for choice in choices if isinstance(choice, Node) and (asked := _off_unless_training(line, choice))]
+    if is_const(given, 0, None):
+        return
+    if not asked or not all(a is asked[0] or a.name == asked[0].name for a in asked):
+        raise Stops("a dropout that is always on")
+    line.drops.append(asked[0])
+
+
+def _off_unless_training(line: Timeline, choice: Node) -> Node | None:
+    """What is asked in `p if self.training else 0.0`."""
+    test = choice.condition
+    above = choice.frame.scope.source.parents.get(test) if test is not None else None
+    asked = line.value_at(test, choice) if test is not None else None
+    if not isinstance(above, ast.IfExp) or above.test is not test or not isinstance(asked, Node):
+        return None
+    off = line.value_at(above.orelse, choice)
+    return asked if asked.name == "training" and off is not None and is_const(off, 0) else None
+
+
+def _argument(node: Node, index: int, name: str) -> Value:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, Const(None))
 
 
 # -- axes moved

@@ -37,7 +37,7 @@ from modernizer.model_map.attention import Attention
 from modernizer.removal import Removal
 from modernizer.rule import Effect, Modern, Plan, Refusal, Rule, Upgrade
 from modernizer.source import SourceFile
-from modernizer.syntax import below, free_name, names_in
+from modernizer.syntax import below, block_of, free_name, names_in
 
 COMPONENT = "modernizer.components.KVCache"
 
@@ -123,6 +123,7 @@ class Builder:
         self.machine = model.graph.machine
         self.start = generation.start
         self.before: defaultdict[ast.stmt, list[str]] = defaultdict(list)
+        self.updates: Sequence[Update] = ()
         self.edits: list[Edit] = []
 
     def upgrade(self) -> Upgrade:
@@ -149,8 +150,9 @@ class Builder:
             thread.follow(pick.node.frame)
         thread.check()
         thread.check_reach([f for u in updates for f, _ in u.frames], [u.function for u in updates])
+        self.updates = updates
         self._edit(updates, cut, line, thread)
-        layers = len(generation.turns[0])
+        layers = len({id(f.receiver) for u in updates for f, a in u.frames if a in generation.turns[0]})
         return Upgrade(generation.location, _summary(layers), tuple(self.edits))
 
     # -- the proof
@@ -196,6 +198,8 @@ class Builder:
             if id(product) not in wanted and getattr(known, "has", lambda _: False)(NEW):
                 raise Cannot("a product of steps with steps that is no attention", place(product))
         for attention in attentions:
+            if attention.form == "sdpa" and attention.scores in line.attended:
+                continue
             known = line.type_of(attention.scores)
             letters = getattr(known, "letters", "")
             if not letters.endswith(NEW + FED):
@@ -320,14 +324,34 @@ class Builder:
             for node in repairs:
                 self._repair(update, node, total)
         self.before[update.statement] += lines
+        for call in line.repair.causal:
+            if id(call) in set(map(id, below(update.statement))):
+                assert isinstance(call, ast.Call)
+                self._see_all(call, update)
         for node in line.repair.rows:
             if id(node) in set(map(id, below(update.function))):
                 assert isinstance(node, ast.expr)
                 code = f"$0[..., -{new_length(update)} :, :]"
                 self.edits.append(Replace(path, node, code, (node,)))
 
+    def _see_all(self, call: ast.Call, update: Update) -> None:
+        """`is_causal=True` would count the new steps from the first key on: one new step sees everything."""
+        if update.query is None:
+            raise Cannot("the query has no name at the product", place(update.frames[0][1]))
+        given = [k.value for k in call.keywords if k.arg == "is_causal"] + call.args[5:6]
+        assert isinstance(update.query.expr, ast.Name)
+        test = f"{update.query.expr.id}.size({update.query.time}) == {past_length(update)}"
+        is_plain = isinstance(given[0], ast.Constant)
+        self.edits.append(Replace(update.frame.path, given[0], test if is_plain else f"$0 and {test}",
+                                  () if is_plain else (given[0],)))  # fmt: skip
+
     def _repairs(self, update: Update, line: Timeline) -> list[ast.AST]:
         inside = set(map(id, below(update.function)))
+        tree = update.frame.scope.source.tree
+        mine = {id(n) for s in block_of(tree, update.statement) for n in below(s)}
+        others = {id(n) for u in self.updates if u is not update and u.function is update.function
+                  for s in block_of(tree, u.statement) for n in below(s)}  # fmt: skip
+        inside -= others - mine  # another branch asks the cache itself
         found = [n for n in (*line.repair.tables, *line.repair.lengths) if id(n) in inside]
         for node in found:
             start = (update.statement.lineno, update.statement.col_offset)

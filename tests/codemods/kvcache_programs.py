@@ -115,6 +115,29 @@ scores = q @ k.transpose(-2, -1) / math.sqrt(self.width)
 scores = scores + torch.full((T, T), float("-inf"), device=x.device, dtype=x.dtype).triu(diagonal=1)
 return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
 """,
+    "one call": """
+B, T, C = x.shape
+q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1 if self.training else 0.0)
+return self.out(out.transpose(1, 2).reshape(B, T, C))
+""",
+    "one call or written out": """
+B, T, C = x.shape
+q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+if hasattr(F, "scaled_dot_product_attention") and self.heads > 1:
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=True)
+else:
+    scores = q @ k.transpose(-2, -1) / math.sqrt(self.width)
+    scores = scores.masked_fill(self.tril[:T, :T] == 0, float("-inf"))
+    out = scores.softmax(-1) @ v
+return self.out(out.transpose(1, 2).reshape(B, T, C))
+""",
+    "one call with a mask": """
+B, T, C = x.shape
+q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+out = F.scaled_dot_product_attention(q, k, v, self.tril[:T, :T].bool(), scale=self.width ** -0.5)
+return self.out(out.transpose(1, 2).reshape(B, T, C))
+""",
     "heads folded into the batch": """
 B, T, C = x.shape
 q, k, v = (self.split(h(x)).reshape(B * self.heads, T, self.width) for h in (self.q, self.k, self.v))

@@ -58,6 +58,21 @@ TRAPS: dict[str, tuple[str, str]] = {
     "a mask transposed": (_plain(("self.tril[:T, :T] == 0", "self.tril[:T, :T].t() == 0")), "causal|meet"),
     "softmax over the queries": (_plain(("F.softmax(scores, dim=-1)", "F.softmax(scores, dim=-2)")), "softmax"),
     "a mask by a constant": (_plain(("self.tril[:T, :T] == 0", "self.tril[-T:, :T] == 0")), "length"),
+    "one call without a mask": (program(changed(BODIES["one call"], ("is_causal=True, ", ""))), "causal"),
+    "one call with a mask of numbers": (
+        program(changed(BODIES["one call with a mask"],
+                        ("self.tril[:T, :T].bool()", "self.tril[:T, :T].to(x.dtype)"))), "causal",
+    ),
+    "one call that drops in evaluation too": (
+        program(changed(BODIES["one call"], ("0.1 if self.training else 0.0", "0.1"))), "dropout",
+    ),
+    "one call with dropout where it should not be": (
+        program(changed(BODIES["one call"], ("0.1 if self.training else 0.0", "0.0 if self.training else 0.1"))), "dropout",
+    ),
+    "two steps a turn in one call": (
+        program(BODIES["one call"], model=PLACES + SINUSOID, generate=changed(GROWING, ("num_samples=1", "num_samples=2"),
+                ("logits.argmax(-1, keepdim=True)", "logits.topk(2).indices"))), "how many",
+    ),
     # steps that are not by themselves
     "a mean over time": (_plain((_EMBEDDED, "        x = self.drop(x - x.mean(1, keepdim=True))\n")), "over time"),
     "a norm over time": (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from kvcache_traps import TRAPS
 from torch import Tensor, nn
 
 from codemods.kvcache import KVCacheRule
+from codemods.sdpa import Sdpa
 from modernizer.pipeline import upgrade
 from modernizer.report import Report, Status
+from modernizer.rule import Rule
 
 WORDS, WINDOW = 20, 12
 Program = dict[str, Any]
@@ -157,6 +160,20 @@ def test_any_prompt(name: str, batch: int, length: int, count: int, sample: bool
     old, new = (build(make, seed) for make in rewritten(name))
     prompt = prompt_of(batch, length, seed)
     assert torch.equal(generate(new, prompt, count, sample), generate(old, prompt, count, sample))
+
+
+@pytest.mark.parametrize("name", ["attention: plain", "a padding mask", "one module a head", "a translator"])
+@pytest.mark.parametrize("order", [(Sdpa, KVCacheRule), (KVCacheRule, Sdpa)], ids=["after sdpa", "before sdpa"])
+def test_together_with_one_call_for_attention(name: str, order: Sequence[type[Rule]], tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(FORMS[name])
+    for rule in order:
+        report = upgrade([path], [rule()], {})
+        assert {s.status for s in report.sites} == {Status.DONE}, report.sites
+    old, new = (build(load(code)) for code in (FORMS[name], path.read_text()))
+    assert 2 * work(new, prompt_of(), 9) <= work(old, prompt_of(), 9)
+    for sample in (False, True):
+        assert torch.equal(generate(new, prompt_of(), 14, sample), generate(old, prompt_of(), 14, sample))
 
 
 def test_two_generations_do_not_share_what_they_keep() -> None:
