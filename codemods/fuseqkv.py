@@ -23,6 +23,7 @@ from modernizer.syntax import every_node
 from modernizer.weights import Concat, Group, WeightMap
 
 FUSED = "modernizer.components.FusedLinear"
+SHOWN = 3  # files that a note names one by one
 BY_OUTPUTS = frozenset("xavier_uniform_ xavier_normal_ xavier_uniform xavier_normal orthogonal_ orthogonal".split())
 
 
@@ -245,8 +246,11 @@ class _Planner:
     def _notes(
         self, names: Sequence[str], filled: Collection[ast.AST | None] = (), are_layers: bool = True
     ) -> Iterator[str]:
-        for mention in self.uses.mentions_elsewhere(names, are_layers):
+        mentions = self.uses.mentions_elsewhere(names, are_layers)
+        for mention in mentions[:SHOWN]:
             yield f"{mention}, which is no more; this file was not part of the upgrade"
+        if len(mentions) > SHOWN:
+            yield f"{len(mentions) - SHOWN} more files name parameters like these"
         if loader := self.uses.loader():
             yield f"{loader} loads weights; those of the old model must go through `modernize migrate` first"
         for node in self.machine.at:

@@ -210,3 +210,13 @@ def test_any_order_of_layers_and_calls(made: list[str], called: list[str], style
     calls = "\n".join(style.format(n=n) for n, style in zip(called, styles, strict=True))
     with TemporaryDirectory() as folder:
         check_equal(Path(folder), own(layers, calls))
+
+
+def test_files_that_were_not_part_of_it_are_named_and_no_more_than_can_be_read(tmp_path: Path):
+    for number in range(5):
+        (tmp_path / f"loader_{number}.py").write_text('NAME = "layers.0.to_q.weight"\n')
+    path = tmp_path / "program.py"
+    path.write_text(FORMS["plain"])
+    (site,) = apply(path).sites
+    assert [note for note in site.notes if "loader_0.py:1 names `to_q.weight`" in note]
+    assert "2 more files name parameters like these" in site.notes
