@@ -83,16 +83,17 @@ def _stacked(node: Node) -> Fold | None:
     """`torch.cat(x.chunk(h, dim=-1), dim=0)`: head upon head."""
     axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else Const(0))
     whole = node.args[0]
-    if isinstance(whole, Many):
-        origins = {id(i.args[0]): i.args[0] for i in whole.items if isinstance(i, Node) and i.op == "item" and i.args}
-        if len(origins) != 1 or not all(isinstance(i, Node) and i.op == "item" for i in whole.items):
-            return None
-        (whole,) = origins.values()
+    listed = whole.items if isinstance(whole, Many) and not whole.open else []
+    if listed:
+        places = [(i.args[0], i.args[1]) for i in listed if isinstance(i, Node) and i.op == "item" and len(i.args) > 1]
+        if len(places) != len(listed) or not all(w is places[0][0] and _is(at, n) for n, (w, at) in enumerate(places)):
+            return None  # in another order, or of several tensors
+        whole = places[0][0]
     if not isinstance(whole, Node) or whole.op != "chunk" or not _is(axis, 0):
         return None
     along = whole.kwargs.get("dim", whole.args[2] if len(whole.args) > 2 else Const(0))
     count = whole.kwargs.get("chunks", whole.args[1] if len(whole.args) > 1 else None)
-    if count is None or not (_is(along, 2) or _is(along, -1)):
+    if count is None or not (_is(along, 2) or _is(along, -1)) or (listed and not _is(count, len(listed))):
         return None
     return Fold("batch_fastest", count, whole)
 

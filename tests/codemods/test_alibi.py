@@ -175,6 +175,13 @@ NOT_TOLD = {
     "query and key are ordered each in its way": folded(*FOLDED["batch before the heads"]).replace(
         "k = k.view(b, -1, heads, width).transpose(1, 2)", "k = k.view(b, -1, heads, width).permute(2, 0, 1, 3)"
     ),
+    "pieces in another order": """
+def mixed(x, heads):
+    a, b, c, d = x.chunk(heads, dim=-1)
+    return torch.cat([b, a, d, c], 0)
+
+"""
+    + folded("mixed(X, heads)", FOLDED["pieces upon each other"][1]),
     "pieces of a stated width": folded("torch.cat(X.split(width, dim=-1), 0)", FOLDED["pieces upon each other"][1]),
 }
 
