@@ -8,6 +8,7 @@ except ImportError as error:
 from modernizer.components.alibi import ALiBi, alibi_slopes
 from modernizer.components.constellation import HybridRelay, PureRelay
 from modernizer.components.fused_linear import FusedLinear
+from modernizer.components.grouped_attention import grouped_attention
 from modernizer.components.kv_cache import KVCache, StaticKVCache
 from modernizer.components.masked_attention import masked_attention
 from modernizer.components.multihead_attention import MultiheadAttention
@@ -40,6 +41,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "alibi_slopes",
     "apply_rotary",
+    "grouped_attention",
     "masked_attention",
     "prismatic_loss",
     "prismatic_metrics",

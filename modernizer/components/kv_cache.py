@@ -24,26 +24,33 @@ class KVCache:
     Args:
         seq_dim: the axis of time, -2 unless told.
         batch_dim: the axis of the batch, along which `reorder` picks rows.
+        window: attention looks back on no more than this many positions, its own among them: older ones are dropped,
+            and memory stays below three windows. None keeps everything.
     """
 
-    def __init__(self, *, seq_dim: int = -2, batch_dim: int = 0) -> None:
+    def __init__(self, *, seq_dim: int = -2, batch_dim: int = 0, window: int | None = None) -> None:
         if seq_dim == batch_dim:
             raise ValueError(f"axis {seq_dim} cannot be both time and batch")
+        if window is not None and window < 1:
+            raise ValueError(f"a window holds at least one position, not {window}")
         self.seq_dim = seq_dim
         self.batch_dim = batch_dim
+        self.window = window
         self._layers: dict[Hashable, _Layer] = {}
 
     @property
     def length(self) -> int:
-        """How many positions every layer holds: where the next token stands. 0 while nothing has been kept."""
+        """How many positions every layer has seen: where the next token stands. 0 while nothing has been kept."""
         return min((layer.length for layer in self._layers.values()), default=0)
 
     def length_of(self, layer: Hashable) -> int:
-        """How many positions one layer holds: in the midst of a forward pass layers differ."""
+        """How many positions one layer has seen: in the midst of a forward pass layers differ."""
         return self._layers[layer].length if layer in self._layers else 0
 
     def update(self, key: Tensor, value: Tensor, layer: Hashable) -> tuple[Tensor, Tensor]:
-        """Append the new positions and return all keys and all values of the layer, oldest first.
+        """Append the new positions and return the layer's keys and values, oldest first.
+
+        They are those of all positions, or with a window those that any of the new positions looks back on.
 
         Raises:
             ValueError: key and value are of different lengths, or the new positions do not fit those that are kept.
@@ -53,7 +60,7 @@ class KVCache:
                 f"keys of shape {tuple(key.shape)} and values of shape {tuple(value.shape)}"
                 f" are not of one length on axis {self.seq_dim}"
             )
-        kept = self._layers.setdefault(layer, _Layer(self.seq_dim))
+        kept = self._layers.setdefault(layer, _Layer(self.seq_dim, self.window))
         return kept.append(key, value)
 
     def reset(self) -> None:
@@ -64,10 +71,12 @@ class KVCache:
         """Keep the first `length` positions; layers that hold fewer stay as they are.
 
         Raises:
-            ValueError: `length` is negative.
+            ValueError: `length` is negative, or a window has dropped positions that the next one would look back on.
         """
         if length < 0:
             raise ValueError(f"a cache cannot be cropped to {length} positions")
+        for layer in self._layers.values():
+            layer.check_crop(length)
         for layer in self._layers.values():
             layer.length = min(layer.length, length)
 
@@ -82,49 +91,71 @@ class KVCache:
 
 
 class _Layer:
-    """One layer's buffers, of which the first `length` positions are in use."""
+    """One layer's buffers. Those of positions `first` to `length` are held, from place `at` of the buffers on."""
 
-    def __init__(self, seq_dim: int) -> None:
-        self.seq_dim = seq_dim
-        self.length = 0
+    def __init__(self, seq_dim: int, window: int | None) -> None:
+        self.seq_dim, self.window = seq_dim, window
+        self.first = self.length = self.at = 0
         self.buffers: list[Tensor] = []
 
     def append(self, *new: Tensor) -> tuple[Tensor, Tensor]:
         if self.buffers:
             for old, tensor in zip(self.buffers, new, strict=True):
                 self._check(old, tensor)
-        start, stop = self.length, self.length + new[0].shape[self.seq_dim]
+        self._drop()
+        count = new[0].shape[self.seq_dim]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*new, *self.buffers)):
             used = self._used()
             self.buffers = [torch.cat(pair, self.seq_dim) for pair in zip(used, new, strict=True)] if used else [*new]
+            self.at = 0
         else:
-            if not self.buffers or stop > self.buffers[0].shape[self.seq_dim]:
-                self._grow(stop, new)
+            if not self.buffers or self._end + count > self.buffers[0].shape[self.seq_dim]:
+                self._make_room(count, new)
             for buffer, tensor in zip(self.buffers, new, strict=True):
-                buffer.narrow(self.seq_dim, start, stop - start).copy_(tensor)
-        self.length = stop
+                buffer.narrow(self.seq_dim, self._end, count).copy_(tensor)
+        self.length += count
         key, value = self._used()
         return key, value
 
     def reorder(self, index: Tensor, batch_dim: int) -> None:
         self.buffers = [buffer.index_select(batch_dim, index.to(buffer.device)) for buffer in self._used()]
+        self.at = 0
+
+    def check_crop(self, length: int) -> None:
+        if self.first and length < self.length and length < self.first + (self.window or 1) - 1:
+            raise ValueError(
+                f"a cache cannot be cropped to {length} positions: its window of {self.window} has dropped"
+                f" the first {self.first}"
+            )
+
+    @property
+    def _end(self) -> int:
+        return self.at + self.length - self.first
+
+    def _drop(self) -> None:
+        """Forget what no later position looks back on."""
+        if self.window is not None:
+            first = max(self.first, self.length - self.window + 1)
+            self.at, self.first = self.at + first - self.first, first
 
     def _used(self) -> list[Tensor]:
-        return [buffer.narrow(self.seq_dim, 0, self.length) for buffer in self.buffers]
+        return [buffer.narrow(self.seq_dim, self.at, self.length - self.first) for buffer in self.buffers]
 
-    def _grow(self, needed: int, new: tuple[Tensor, ...]) -> None:
-        """Room for at least `needed` positions, and for twice as many as before: copies stay rare."""
-        used = self._used()
-        room = max(needed, 2 * (self.buffers[0].shape[self.seq_dim] if self.buffers else 0))
+    def _make_room(self, count: int, new: tuple[Tensor, ...]) -> None:
+        """Buffers for what is held and `count` more, twice as large as before as long as no window ends that."""
+        used, held = self._used(), self.length - self.first
+        room = 2 * (self.buffers[0].shape[self.seq_dim] if self.buffers else 0)
+        if self.window is not None:
+            room = min(room, 2 * self.window)
         grown = []
         for number, tensor in enumerate(new):
             shape = list(tensor.shape)
-            shape[self.seq_dim] = room
+            shape[self.seq_dim] = max(room, held + count)
             buffer = tensor.new_empty(shape)
             if used:
-                buffer.narrow(self.seq_dim, 0, self.length).copy_(used[number])
+                buffer.narrow(self.seq_dim, 0, held).copy_(used[number])
             grown.append(buffer)
-        self.buffers = grown
+        self.buffers, self.at = grown, 0
 
     def _check(self, old: Tensor, new: Tensor) -> None:
         axis = self.seq_dim % old.dim()
@@ -180,14 +211,28 @@ class StaticKVCache:
         length.add_(key.shape[self.seq_dim])
         return keys, values
 
-    def mask(self, query_time: int, layer: Hashable) -> Tensor:
+    def mask(self, query_time: int, layer: Hashable, *, window: int | None = None) -> Tensor:
         """Which buffer positions the last `query_time` positions may attend to: booleans ``[query_time, max_length]``.
 
-        Call it after `update`. True attends, and a query sees itself and what came before it.
+        Call it after `update`. True attends: a query sees itself and what came before it, or with a window the
+        ``window - 1`` positions before it.
         """
         length = self._layers[layer][2]
-        queries = length - query_time + torch.arange(query_time, device=length.device)
-        return torch.arange(self.max_length, device=length.device) <= queries.unsqueeze(-1)
+        queries = (length - query_time + torch.arange(query_time, device=length.device)).unsqueeze(-1)
+        places = torch.arange(self.max_length, device=length.device)
+        seen = places <= queries
+        return seen if window is None else seen & (places > queries - window)
+
+    def next_positions(self, count: int, layer: Hashable, device: torch.device | str | None = None) -> Tensor:
+        """Where the next `count` positions of a layer will stand: integers ``[count]``, as rotary takes them.
+
+        Call it before `update`. What it returns depends on a tensor and no number, so one compiled step is right at
+        every length. The device matters where the layer has not been updated yet.
+        """
+        if layer not in self._layers:
+            return torch.arange(count, device=device)
+        length = self._layers[layer][2]
+        return length + torch.arange(count, device=length.device)
 
     def reset(self) -> None:
         """Forget everything and keep the memory."""

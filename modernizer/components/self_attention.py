@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernizer.components.alibi import ALiBi
+from modernizer.components.grouped_attention import grouped_attention
 from modernizer.components.rotary import RotaryEmbedding
 
 __all__ = ["POS_TYPES", "SelfAttention"]
@@ -32,9 +32,11 @@ class SelfAttention(nn.Module):
         bias: of the projections.
         pos_type: the operation, unless a call says otherwise.
         is_causal: a query sees no later key.
+        window: a query sees itself and the ``window - 1`` keys before it; needs ``is_causal``.
 
     Raises:
-        ValueError: sizes that do not divide, an unknown ``pos_type``, an odd ``head_dim`` with rotary positions.
+        ValueError: sizes that do not divide, an unknown ``pos_type``, an odd ``head_dim`` with rotary positions, a
+            window without causality.
     """
 
     POS_TYPES = POS_TYPES
@@ -50,6 +52,7 @@ class SelfAttention(nn.Module):
         bias: bool = True,
         pos_type: str = "rope",
         is_causal: bool = True,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None and embed_dim % num_heads:
@@ -59,7 +62,9 @@ class SelfAttention(nn.Module):
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={num_heads}")
-        self.dropout, self.is_causal = dropout, is_causal
+        if window is not None and (window < 1 or not is_causal):
+            raise ValueError(f"a window is a positive number of positions of causal attention, not {window}")
+        self.dropout, self.is_causal, self.window = dropout, is_causal, window
         self.pos_type = _known(pos_type)
         if pos_type in ("rope", "mixed") and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
@@ -109,9 +114,6 @@ class SelfAttention(nn.Module):
         query, key, value = self._heads(x)
         if cache is not None:
             key, value = cache.update(key, value, layer)
-        groups = self.num_heads // self.num_kv_heads
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         outs = self._attend([_known(kind) for kind in pos_types], query, key, value, attn_mask)
         if shares is None:
             (mixed,) = outs
@@ -122,7 +124,8 @@ class SelfAttention(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        return f"{self.embed_dim}, {self.num_heads}, pos_type={self.pos_type!r}, is_causal={self.is_causal}"
+        window = "" if self.window is None else f", window={self.window}"
+        return f"{self.embed_dim}, {self.num_heads}, pos_type={self.pos_type!r}, is_causal={self.is_causal}{window}"
 
     def _heads(self, x: Tensor) -> Sequence[Tensor]:
         """Query, key and value, each ``[batch, heads, time, head_dim]``."""
@@ -135,11 +138,16 @@ class SelfAttention(nn.Module):
     ) -> Sequence[Tensor]:
         """What each operation gives, ``[batch, heads, time, head_dim]``."""
         calls = []
-        for part, heads in (part for kind in kinds for part in self._parts(kind)):
-            mask = attn_mask
+        parts = [part for kind in kinds for part in self._parts(kind)]
+        groups = self.num_heads // self.num_kv_heads
+        if any(heads.start % groups or heads.stop % groups for _, heads in parts):  # a part ends within a group
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+            groups = 1
+        for part, heads in parts:
+            mask, shared = attn_mask, slice(heads.start // groups, heads.stop // groups)
             if mask is not None and mask.dim() >= 3 and mask.shape[-3] == self.num_heads:
                 mask = mask[..., heads, :, :]
-            calls.append(self._operands(part, query[:, heads], key[:, heads], value[:, heads], mask))
+            calls.append(self._operands(part, query[:, heads], key[:, shared], value[:, shared], mask))
         if query.shape[-2] == 1 and len(calls) > 1:
             return self._at_once(calls).chunk(len(kinds), dim=1)
         outs = iter([self._sdpa(*call) for call in calls])
@@ -156,30 +164,22 @@ class SelfAttention(nn.Module):
     def _operands(
         self, kind: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Query and key with their positions, value, and a mask with all that ``is_causal`` of SDPA does not say."""
+        """Query and key with their positions, value, and a mask with the bias."""
         queries, keys = query.shape[-2], key.shape[-2]
         if kind == "rope":
             query, key = self.rotary(query, offset=keys - queries), self.rotary(key)
         mask = attn_mask
         if kind == "alibi":
-            bias = self.alibi.bias(
-                queries,
-                keys,
-                num_heads=query.shape[1],
-                is_causal=self.is_causal,
-                device=query.device,
-                dtype=query.dtype,
-            )
+            heads = query.shape[1]
+            bias = self.alibi.bias(queries, keys, num_heads=heads, device=query.device, dtype=query.dtype)
             mask = bias if mask is None else _joined(bias, mask)
-        elif self.is_causal and queries > 1 and (mask is not None or queries != keys):
-            seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-            mask = seen if mask is None else _joined(mask, seen)
         return query, key, value, mask
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        hint = mask is None and self.is_causal and query.shape[-2] > 1
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=hint)
+        return grouped_attention(
+            query, key, value, attn_mask=mask, is_causal=self.is_causal, window=self.window, dropout_p=dropout
+        )
 
     def _at_once(self, calls: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor:
         """All calls as one of more heads: a single query keeps few cores of a GPU busy, and each call takes as long."""

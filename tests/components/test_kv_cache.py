@@ -193,6 +193,62 @@ def test_static_form_is_cropped_reordered_and_reset() -> None:
     assert cache.length == 0 and not got.any()
 
 
+@quick
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 7), st.booleans())
+def test_a_window_keeps_what_is_looked_back_on(pieces: list[int], window: int, recorded: bool) -> None:
+    time, cache, seen = sum(pieces), KVCache(window=window), 0
+    k, v = rand(2, 1, time, 3).requires_grad_(recorded), rand(2, 1, time, 2, seed=1)
+    for piece in pieces:
+        stop = seen + piece
+        got = cache.update(k[:, :, seen:stop], v[:, :, seen:stop], 0)
+        first = max(0, seen - window + 1)
+        assert torch.equal(got[0], k[:, :, first:stop]) and torch.equal(got[1], v[:, :, first:stop])
+        seen = stop
+        assert cache.length == seen
+        if not recorded:
+            assert got[0].untyped_storage().nbytes() <= 6 * 8 * (2 * window + max(pieces))
+
+
+def test_memory_of_a_window_does_not_grow() -> None:
+    cache, sizes = KVCache(window=8), set()
+    for _ in range(200):
+        key, _ = cache.update(rand(1, 1, 1, 2), rand(1, 1, 1, 2), 0)
+        sizes.add(key.untyped_storage().nbytes() // 16)
+    assert sizes == {1, 2, 4, 8, 16}
+
+
+@quick
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 12))
+def test_a_window_is_cropped_only_as_far_as_it_reaches(time: int, window: int, length: int) -> None:
+    cache, key = KVCache(window=window), rand(1, 1, 13, 2)
+    for i in range(time):
+        cache.update(key[:, :, i : i + 1], key[:, :, i : i + 1], 0)
+    first = max(0, time - window)  # the oldest that is held
+    if first and length < time and length - window + 1 < first:
+        with pytest.raises(ValueError, match=f"cannot be cropped to {length} positions: its window of {window}"):
+            cache.crop(length)
+        length = time
+    else:
+        cache.crop(length)
+        length = min(length, time)
+    cache.reorder(torch.tensor([0, 0]))
+    got, _ = cache.update(*(2 * [key[:, :, length : length + 1].expand(2, 1, 1, 2)]), 0)
+    assert torch.equal(got, key[:, :, max(0, length - window + 1) : length + 1].expand(2, -1, -1, -1))
+
+
+def test_a_window_holds_something() -> None:
+    with pytest.raises(ValueError, match="at least one position, not 0"):
+        KVCache(window=0)
+
+
+def test_static_form_tells_positions_and_windows() -> None:
+    cache, key = StaticKVCache(5), rand(1, 1, 3, 2)
+    assert cache.next_positions(3, 0).tolist() == [0, 1, 2]
+    cache.update(key, key, 0)
+    assert cache.next_positions(2, 0).tolist() == [3, 4]
+    assert cache.mask(3, 0, window=2).int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
+
+
 def test_static_form_refuses_more_than_it_holds() -> None:
     with pytest.raises(ValueError, match="at least one position"):
         StaticKVCache(0)
