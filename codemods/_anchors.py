@@ -14,7 +14,7 @@ from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Function, Module, Node, Value
 from modernizer.model_map.attention import Attention, Operand
 from modernizer.removal import Removal
-from modernizer.syntax import names_below
+from modernizer.syntax import names_below, walk
 
 SCALAR_OPS = frozenset(
     "config dim shape sqrt pow rsqrt mul div add sub neg floordiv float int getitem attr number".split()
@@ -151,7 +151,7 @@ def trace(code: Code, part: Part, function: Function, contexts: Sequence[Context
         name = found[-1].expr
         values = [code.value(name, c.frame) for c in contexts]
         assigned = [
-            s for s in ast.walk(function.node)
+            s for s in walk(function.node)
             if isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)
             and s.targets[0].id == name.id
             and all(code.value(s.value, c.frame) is v for c, v in zip(contexts, values, strict=True))
@@ -342,8 +342,8 @@ def kept_test(anchor: Anchor, test: str) -> tuple[list[Edit], str]:
     """A test on a function's arguments as it can be asked at the anchor: by itself, or kept in a variable from the
     start where the arguments' names are bound anew."""
     function = anchor.function.node
-    names = {n.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
-    if not names & {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}:
+    names = {n.id for n in walk(ast.parse(test)) if isinstance(n, ast.Name)}
+    if not names & {n.id for n in walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}:
         return [], test
     if not isinstance(function, ast.FunctionDef):
         raise Cannot("what tells self-attention from attention to another sequence is bound anew before it is needed",
@@ -356,8 +356,8 @@ def kept_test(anchor: Anchor, test: str) -> tuple[list[Edit], str]:
 
 def free_name(function: ast.AST, *wanted: str) -> str:
     """The first of the names, or one with a number, that means nothing yet in a function."""
-    used = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)}
-    used |= {a.arg for a in ast.walk(function) if isinstance(a, ast.arg)}
+    used = {n.id for n in walk(function) if isinstance(n, ast.Name)}
+    used |= {a.arg for a in walk(function) if isinstance(a, ast.arg)}
     return next(n for n in (*wanted, *(f"{wanted[0]}_{i}" for i in range(2, 99))) if n not in used)
 
 

@@ -17,6 +17,7 @@ from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Many, Module, Node, Value
 from modernizer.imports import Imports
 from modernizer.model_map.attention import Attention
+from modernizer.syntax import walk
 
 
 def bias(code: Code, parts: Parts, contexts: Sequence[tuple[Attention, bool]]) -> list[Edit]:
@@ -292,7 +293,7 @@ def _handed_in(code: Code, parts: Parts, anchor: Anchor, heads: _Heads, reason: 
     if not isinstance(function, ast.FunctionDef):
         raise reason
     name = parts.attribute
-    taken = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)} | {a.arg for a in ast.walk(function.args)
+    taken = {n.id for n in walk(function) if isinstance(n, ast.Name)} | {a.arg for a in walk(function.args)
                                                                             if isinstance(a, ast.arg)}  # fmt: skip
     if name in taken or function.args.kwarg is not None:
         raise reason

@@ -15,7 +15,7 @@ from modernizer.graph.machine import Machine
 from modernizer.graph.query import base, strip_views
 from modernizer.graph.values import Node, Value
 from modernizer.source import Location, SourceFile
-from modernizer.syntax import below, block_of, free_name, names_in, outward
+from modernizer.syntax import below, block_of, free_name, names_in, outward, walk
 
 PRODUCTS = frozenset({"linear", "einsum", "matmul"})
 SIMPLE = ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return | ast.Expr
@@ -100,7 +100,7 @@ def _check_argument(argument: ast.expr, is_shared: bool, source: SourceFile) -> 
     """An input that is named can be handed over; one that is computed only where it is the same for all."""
     if isinstance(argument, ast.Name):
         return
-    parts = list(ast.walk(argument))
+    parts = list(walk(argument))
     if any(isinstance(node, ast.Call | ast.Lambda | ast.GeneratorExp | ast.ListComp) for node in parts):
         raise Cannot("the input of a layer is computed in its call", source.location(argument),
                      "give it a name before the calls")  # fmt: skip
@@ -119,8 +119,8 @@ def _check_no_way_out(region: Sequence[ast.stmt], source: SourceFile) -> None:
 
 def _check_unchanged(argument: ast.expr, region: Sequence[ast.stmt], until: ast.stmt, source: SourceFile) -> None:
     """What an input is made of must not be given another value between the first call and its own."""
-    names = {node.id for node in ast.walk(argument) if isinstance(node, ast.Name)}
-    attributes = {ast.unparse(node) for node in ast.walk(argument) if isinstance(node, ast.Attribute | ast.Subscript)}
+    names = {node.id for node in walk(argument) if isinstance(node, ast.Name)}
+    attributes = {ast.unparse(node) for node in walk(argument) if isinstance(node, ast.Attribute | ast.Subscript)}
     for statement in region[: list(region).index(until)]:
         for node in below(statement):
             stores = isinstance(getattr(node, "ctx", None), ast.Store | ast.Del)
@@ -258,7 +258,7 @@ def _is_free(site: Site, index: int, name: str) -> bool:
     """Whether a variable may be given its part before the first of the statements: until its own statement nobody
     reads what it was, or gives it another value."""
     own = site.statements[index]
-    read_by_calls = {node for argument in site.arguments for node in ast.walk(argument)}
+    read_by_calls = {node for argument in site.arguments for node in walk(argument)}
     for statement in site.region:
         for node in below(statement):
             if isinstance(node, ast.Name) and node.id == name and node not in read_by_calls:

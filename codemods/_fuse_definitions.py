@@ -11,7 +11,7 @@ from modernizer.graph.query import same_size
 from modernizer.graph.torch_api import SIGNATURES
 from modernizer.graph.values import Class, Const, Value
 from modernizer.source import Location, SourceFile
-from modernizer.syntax import block_of, function_of
+from modernizer.syntax import block_of, function_of, walk
 
 
 @dataclass(eq=False)
@@ -115,12 +115,12 @@ def _check_made_alike(made: Definition) -> None:
     block = made.init.body
     places = [block.index(statement) for statement in made.statements]
     between = block[min(places) : max(places) + 1]
-    read = {node.id for given in made.arguments for part in given.values() for node in ast.walk(part)
+    read = {node.id for given in made.arguments for part in given.values() for node in walk(part)
             if isinstance(node, ast.Name)}  # fmt: skip
-    attributes = {ast.unparse(node) for given in made.arguments for part in given.values() for node in ast.walk(part)
+    attributes = {ast.unparse(node) for given in made.arguments for part in given.values() for node in walk(part)
                   if isinstance(node, ast.Attribute)}  # fmt: skip
     for statement in between:
-        for node in ast.walk(statement):
+        for node in walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in read:
                 raise Cannot(f"`{node.id}` changes while its layers are made", at)
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node) in attributes:

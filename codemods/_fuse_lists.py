@@ -17,7 +17,7 @@ from modernizer.edit import Edit, Replace
 from modernizer.graph.query import is_torch, origin
 from modernizer.graph.values import Class, Module, Node
 from modernizer.source import SourceFile
-from modernizer.syntax import below, free_name, function_of, names_in
+from modernizer.syntax import below, free_name, function_of, names_in, walk
 
 PARTS = 3
 Comprehension = ast.ListComp | ast.GeneratorExp
@@ -258,7 +258,7 @@ def layer_edits(made: Layers, attribute: str, rest: str, reference: str) -> Iter
     for loop in made.loops:
         yield from _loop_edits(loop, attribute, splits)
     for path, node in made.others:
-        receiver = next(n.id for n in ast.walk(node.value) if isinstance(n, ast.Name))
+        receiver = next(n.id for n in walk(node.value) if isinstance(n, ast.Name))
         yield Replace(path, node, f"{receiver}.{rest}")
 
 

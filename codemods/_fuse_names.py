@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from itertools import takewhile
 
 from modernizer.project import Project
-from modernizer.syntax import every_node, free_name, mentions
+from modernizer.syntax import every_node, free_name, mentions, walk
 
 
 def joint_name(
@@ -30,7 +30,7 @@ def joint_name(
         used |= {part for text in named.strings if "." in text for part in text.split(".")}
         for node in every_node(file.tree):
             if isinstance(node, ast.ClassDef):
-                used |= {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+                used |= {n.id for part in node.body for n in walk(part) if isinstance(n, ast.Name)}
     used |= {name.removesuffix(suffix) for name in used for suffix in suffixes}
     return free_name(_wanted(names) if names else wanted, used)
 

@@ -16,7 +16,7 @@ from modernizer.graph.values import Const, Many, Module, Node, Value, flatten
 from modernizer.imports import Imports
 from modernizer.model_map.projection import FILLED
 from modernizer.source import SourceFile
-from modernizer.syntax import block_of, free_name, function_of, names_in
+from modernizer.syntax import block_of, free_name, function_of, names_in, walk
 
 EMPTY = frozenset({"empty", "Tensor", "FloatTensor"})
 SHAPELESS = frozenset("parameter add sub mul div neg clone to float double half normal_ uniform_ data".split())
@@ -182,10 +182,10 @@ def _check_block(statements: Sequence[ast.Assign], source: SourceFile, bare: Bar
     if any(statement not in block for statement in statements):
         raise Cannot("its parameters are made in different constructors", bare.location)
     places = [block.index(statement) for statement in statements]
-    read = {n.id for s in statements for n in ast.walk(s.value) if isinstance(n, ast.Name)}
-    stored = {ast.unparse(n) for s in statements for n in ast.walk(s.value) if isinstance(n, ast.Attribute)}
+    read = {n.id for s in statements for n in walk(s.value) if isinstance(n, ast.Name)}
+    stored = {ast.unparse(n) for s in statements for n in walk(s.value) if isinstance(n, ast.Attribute)}
     for statement in block[min(places) : max(places) + 1]:
-        for node in ast.walk(statement):
+        for node in walk(statement):
             stores = isinstance(getattr(node, "ctx", None), ast.Store)
             changed = (isinstance(node, ast.Name) and node.id in read) or (
                 isinstance(node, ast.Attribute) and ast.unparse(node) in stored
@@ -325,7 +325,7 @@ def tensor_edits(made: Tensors, attribute: str) -> Iterator[Edit]:
 def size_edits(made: Tensors, attribute: str, uses: Uses) -> Iterator[Edit]:
     """The places that read a size of one of the parameters."""
     for node, part, axis in made.shapes:
-        receiver = next(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+        receiver = next(n.id for n in walk(node) if isinstance(n, ast.Name))
         own = f"{receiver}.{attribute}"
         place = axis if axis >= 0 else axis + made.rank
         if place != made.axis:

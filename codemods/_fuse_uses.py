@@ -15,7 +15,7 @@ from modernizer.model_map import ModelMap
 from modernizer.removal import Attribute, Removal
 from modernizer.report import shown
 from modernizer.source import Location, SourceFile
-from modernizer.syntax import below, every_node, function_of, mentions, outward
+from modernizer.syntax import below, every_node, function_of, mentions, outward, walk
 
 DYNAMIC = frozenset({"getattr", "setattr", "hasattr", "delattr"})
 INSIDE = frozenset({"__dict__", "_modules", "_parameters", "__getattr__", "__setattr__", "_load_from_state_dict",
@@ -210,7 +210,7 @@ class Uses:
                     parts = [node.left, *node.comparators]
                 elif isinstance(node, ast.Dict):
                     parts = node.keys
-                if any(_names_linear(part) for whole in parts if whole is not None for part in ast.walk(whole)):
+                if any(_names_linear(part) for whole in parts if whole is not None for part in walk(whole)):
                     raise Cannot("the program knows linear layers by their exact class, and the joint layer is of"
                                  " another", file.location(node), "ask with isinstance")  # fmt: skip
 

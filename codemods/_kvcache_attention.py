@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from codemods._anchors import MAX_LIFT, Anchor, Code, Context, Part, lift, operand_expression, product_anchor, unwrap
-from codemods._kvcache_loops import syntax_in
 from codemods._survey import Cannot, place
 from modernizer.graph.values import Frame, Module, Value
 from modernizer.model_map.attention import Attention
-from modernizer.syntax import block_of, names_below
+from modernizer.syntax import block_of, names_below, walk
 
 RANDOM = frozenset("dropout rand randn randint rand_like randn_like bernoulli multinomial normal uniform".split())
 
@@ -159,8 +158,8 @@ def _check_moves(code: Code, update: Update, between: Sequence[ast.stmt], moved:
         if _stored(statement) & (made | read) or _loaded(statement) & made:
             raise Cannot("what makes the value cannot be moved before the scores", place(update.frames[0][1]))
     for frame, attention in update.frames:
-        inside = {id(e) for s in moved for e in ast.walk(s)}
-        nodes = (n for n in code.graph.machine.nodes if id(syntax_in(n, frame)) in inside) if moved else ()
+        inside = {id(e) for s in moved for e in walk(s)}
+        nodes = code.graph.activations.nodes(frame, inside) if moved else ()
         if any(n.op in RANDOM or n.name.endswith("_") for n in nodes):
             raise Cannot("what makes the value draws random numbers after the scores", place(attention))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 
 from codemods._anchors import Code
@@ -97,16 +97,9 @@ def _check_kept(code: Code, line: Timeline) -> None:
 def _evaluations(code: Code, generation: Generation, kind: type[ast.AST]) -> Iterator[tuple[ast.AST, Frame, Value]]:
     """What the expressions of one kind gave in the loop."""
     inside = set(map(id, below(generation.loop)))
-    for node, found in code.graph.machine.at.items():
+    for node, frame, value in code.graph.activations.evaluations(generation.frame, inside):
         if isinstance(node, kind):
-            for frame, value in found:
-                if id(node) in inside if frame is generation.frame else _is_in_loop(frame, generation, inside):
-                    yield node, frame, value
-
-
-def _is_in_loop(frame: Frame, generation: Generation, inside: Set[int]) -> bool:
-    """Whether an activation happens within the loop."""
-    return any(f.caller is generation.frame and id(f.call) in inside for f in frame.outward())
+            yield node, frame, value
 
 
 def _check_branches(code: Code, generation: Generation, line: Timeline, updates: Sequence[Update]) -> None:

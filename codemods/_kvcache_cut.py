@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from codemods._anchors import Code
 from codemods._kvcache_axes import FED, NEW, Axis, Tensor
-from codemods._kvcache_loops import Generation, is_below, syntax_in
+from codemods._kvcache_loops import Generation, is_below
 from codemods._kvcache_time import Change, Timeline
 from codemods._survey import Cannot
 from modernizer.graph.query import location
@@ -79,35 +79,32 @@ def _statement(code: Code, generation: Generation, frame: Frame, frames: Sequenc
 
 
 def _cut(code: Code, generation: Generation, first: Frame, statement: ast.stmt, start: int) -> Cut | None:
-    machine = code.graph.machine
+    within = code.graph.activations
+    bounds = range(start, generation.repeat.last)
+    inside = set(map(id, below(statement)))
     assert first.function is not None
     if first is generation.frame:
         activations = [first]
     else:
         activations = [
-            f for f in machine.frames
-            if f.function is not None and f.function.node is first.function.node and is_below(f, generation.frame)
+            f for f in sorted(within.within(generation.frame), key=lambda f: f.order)
+            if f.function is not None and f.function.node is first.function.node
         ]  # fmt: skip
     names: dict[str, int] | None = None
     changes: list[Change] = []
     for frame in activations:
-        orders = _orders(machine.nodes[start : generation.repeat.last], frame, statement)
+        orders = [n.order for n in within.nodes(frame, inside) if n.order in bounds]
         if not orders:
             continue
         made = _names(code, generation, frame, statement, start, orders[0])
         if names is not None and {n: a for n, (_, a) in made.items()} != names:
             raise Cannot("the layers are run in several ways", location(statement, frame))
         names = {n: axis for n, (_, axis) in made.items()}
-        end = max(n.order for n in machine.nodes if is_below(n.frame, frame))
+        end = max(n.order for n in within.nodes(frame))
         changes += [Change(value, orders[0], end, FED, NEW, axis) for value, axis in made.values()]
     if not names:
         return None
     return Cut([first], statement, names, changes)
-
-
-def _orders(nodes: Sequence[Node], frame: Frame, statement: ast.stmt) -> list[int]:
-    inside = set(map(id, below(statement)))
-    return [n.order for n in nodes if id(syntax_in(n, frame)) in inside]
 
 
 def _names(
@@ -147,7 +144,7 @@ def _rows(axes: Sequence[Axis]) -> int | None:
 def timeline(code: Code, generation: Generation, start: int, end: int, changes: Sequence[Change]) -> Timeline:
     """The types of what is made of the sequence in the loop, from a moment on up to another."""
     machine = code.graph.machine
-    line = Timeline(machine.nodes[start:end], machine.at, changes)
+    line = Timeline(machine.nodes[start:end], machine.at, code.graph.activations.operands, changes)
     for value, known in generation.sequences():
         line.give(value, known)
     line.rows_move = bool(generation.picks)

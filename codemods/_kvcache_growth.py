@@ -16,7 +16,7 @@ from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, External, Frame, Many, Node, Value
 from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
-from modernizer.syntax import Loop, loops_around, names_below
+from modernizer.syntax import Loop, loops_around, names_below, walk
 
 
 def find_generations(model: ModelMap) -> list[Generation]:
@@ -360,7 +360,7 @@ def _is_written(change: Node, axis: int, lengths: _Lengths) -> bool:
 def _lengths(graph: Graph, loop: ast.For, repeat: Repeat, ahead: int) -> list[tuple[Const, Const, Number]]:
     """The numbers that are counted with the loop, and how many more they are than the steps that are fed."""
     found: dict[tuple[int, int], tuple[Const, Const, Number]] = {}
-    for node in ast.walk(loop):
+    for node in walk(loop):
         counted = _counted(graph, loop, repeat, node) if isinstance(node, ast.Name | ast.BinOp) else None
         if counted is not None:
             more, (one, other) = counted

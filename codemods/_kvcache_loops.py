@@ -116,13 +116,3 @@ def _slices(node: Node) -> list[Node]:
 def is_below(frame: Frame, outer: Frame) -> bool:
     """Whether an activation happens within another."""
     return any(f is outer for f in frame.outward())
-
-
-def syntax_in(node: Node, frame: Frame) -> ast.AST | None:
-    """The expression of an activation's own code during whose evaluation a datum was made."""
-    inner: Frame | None = None
-    for active in node.frame.outward():
-        if active is frame:
-            return node.node if inner is None else inner.call
-        inner = active
-    return None

@@ -7,7 +7,7 @@ depends on the tokens up to its own place alone. Operations that are not known t
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from codemods._kvcache_axes import (
@@ -72,9 +72,14 @@ class Timeline:
     """The types of everything that is made of a growing sequence, from a moment on."""
 
     def __init__(
-        self, nodes: Sequence[Node], at: Mapping[ast.AST, Sequence[tuple[Frame, Value]]], changes: Sequence[Change]
+        self,
+        nodes: Sequence[Node],
+        at: Mapping[ast.AST, Sequence[tuple[Frame, Value]]],
+        operands: Callable[[Node], Collection[int]],
+        changes: Sequence[Change],
     ) -> None:
         self.nodes, self.at = nodes, at
+        self.operands = operands  # of a datum, by id, containers opened
         self.types: dict[int, Known] = {}
         self.origins: dict[int, Value] = {}  # of a number: the size of the axis it was read from
         self.changes: dict[int, list[Change]] = {}
@@ -100,8 +105,10 @@ class Timeline:
 
     def run(self) -> None:
         """Types every datum in the order of execution; raises Cannot where the proof fails."""
+        known = self.types.keys()
         for node in self.nodes:
-            if id(node) not in self.types:
+            # Most of a program has nothing to do with the sequence.
+            if id(node) not in known and (node.op == "merge" or not known.isdisjoint(self.operands(node))):
                 self._visit(node)
 
     def give(self, value: Value, known: Known) -> None:

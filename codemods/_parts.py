@@ -12,7 +12,7 @@ from modernizer.edit import AddArgument, AddParameter, Edit, Insert
 from modernizer.graph.query import class_of, origin
 from modernizer.graph.values import Class, External, Module
 from modernizer.imports import Imports
-from modernizer.syntax import below
+from modernizer.syntax import below, walk
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Parts:
         needed = [first, *(s for s in init.body if after and _sets(s, after))]
         self.edits.append(Insert(owner.path, max(needed, key=init.body.index), line))
         if optional:
-            if self.flag in {a.arg for a in ast.walk(init.args) if isinstance(a, ast.arg)}:
+            if self.flag in {a.arg for a in walk(init.args) if isinstance(a, ast.arg)}:
                 raise Cannot(
                     f"the constructor has a parameter `{self.flag}` already", owner.scope.source.location(init)
                 )

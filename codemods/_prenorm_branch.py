@@ -13,7 +13,7 @@ from modernizer.graph.query import base, users
 from modernizer.graph.values import External, Frame, Function, Many, Method, Module, Node, Value, flatten
 from modernizer.model_map.norm import TINY, Norm
 from modernizer.model_map.residual import LAYOUT, PROJECTIONS, Residual
-from modernizer.syntax import block_of, free_name, loops_around, names_in, outward, statement_of
+from modernizer.syntax import block_of, children, free_name, loops_around, names_in, outward, statement_of, walk
 
 # What may happen to the features of the stream before they are projected, and the norm still be where it belongs.
 HARMLESS = LAYOUT | frozenset(
@@ -162,7 +162,7 @@ def _hoisted(
     if read and not all(isinstance(n, ast.Name) for n in sure):
         raise _unclear(r)
     names = [n.id if isinstance(n, ast.Name) else frame.scope.source.code(n) for n in sure]
-    parameters = {a.arg for a in ast.walk(frame.function.node.args) if isinstance(a, ast.arg)}
+    parameters = {a.arg for a in walk(frame.function.node.args) if isinstance(a, ast.arg)}
     stream = names[0]
     rebound = {n.id for n in unsure if isinstance(n, ast.Name)}
     rebound |= {n for n in names if n != stream and n in parameters and stream in parameters}
@@ -297,7 +297,7 @@ def _check_closure(machine: Machine, r: Residual, frame: Frame, node: ast.AST | 
     """What an inner function reads must have come by its arguments: a variable around it is not what it was handed."""
     if frame.function is None or frame.function.closure is None or node is None:
         return
-    free = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in frame.names]
+    free = [n for n in walk(node) if isinstance(n, ast.Name) and n.id not in frame.names]
     for operand in free:
         if any(base(value) is r.stream for value in values_in(machine, operand, frame)):
             raise Impossible(
@@ -315,8 +315,8 @@ def _sources(tree: ast.Module, operand: ast.expr) -> list[ast.expr]:
             break
         if isinstance(node, ast.ListComp | ast.GeneratorExp):
             for generator in node.generators:
-                if operand.id in {n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name)}:
-                    displays = [n for n in ast.walk(generator.iter) if isinstance(n, ast.Tuple | ast.List)]
+                if operand.id in {n.id for n in walk(generator.target) if isinstance(n, ast.Name)}:
+                    displays = [n for n in walk(generator.iter) if isinstance(n, ast.Tuple | ast.List)]
                     return [item for display in displays for item in display.elts]
     return [operand]
 
@@ -325,7 +325,7 @@ def _operands(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.Call):
         receiver = [node.func.value] if isinstance(node.func, ast.Attribute) else []
         return [*node.args, *(keyword.value for keyword in node.keywords), *receiver]
-    return [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+    return [child for child in children(node) if isinstance(child, ast.expr)]
 
 
 def _anchor(tree: ast.Module, nodes: Sequence[ast.expr], function: ast.AST) -> ast.stmt:
@@ -430,7 +430,7 @@ def _check_names(r: Residual, frame: Frame, reads: Sequence[_Read]) -> None:
     for name in used:
         for store in stores(function, name):
             loops = list(loops_around(tree, first))
-            in_target = any(isinstance(loop, ast.For) and store in ast.walk(loop.target) for loop in loops)
+            in_target = any(isinstance(loop, ast.For) and store in walk(loop.target) for loop in loops)
             same_loops = list(loops_around(tree, store)) == loops
             if not (in_target or (same_loops and _before(store, first) and len(list(stores(function, name))) == 1)):
                 raise _unclear(r)
@@ -450,7 +450,7 @@ def unused_calls(machine: Machine, r: Residual) -> ast.Call | None:
     if method is None or method.owner is None:
         return None
     wanted = ast.dump(norm.call.func)
-    for node in ast.walk(method.owner.node):
+    for node in walk(method.owner.node):
         if isinstance(node, ast.Call) and ast.dump(node.func) == wanted and node not in machine.at:
             return node
     return None

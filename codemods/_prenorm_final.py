@@ -16,7 +16,7 @@ from modernizer.graph.values import Class, Frame, Many, Module, Node, Package, V
 from modernizer.imports import Imports
 from modernizer.model_map.residual import Residual
 from modernizer.model_map.stack import LOOP, SEQUENTIAL, Stack
-from modernizer.syntax import below, loops_around, statement_of
+from modernizer.syntax import below, loops_around, statement_of, walk
 
 NAME = "_the_final_norm_"  # stands for the name of the final norm until that is chosen
 # Arguments of torch's layers that its norms get: what a LayerNorm calls them, and their place.
@@ -156,7 +156,7 @@ def _collected_alone(stack: Stack, frame: Frame, loop: ast.AST, norm: str, carri
         and value.kind == "list"
         and value.items
         and id(value.items[-1]) in carried
-        and any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(loop))
+        and any(isinstance(n, ast.Name) and n.id == name for n in walk(loop))
     ]
     if len(lists) != 1:
         raise _lost(stack)
@@ -166,7 +166,7 @@ def _collected_alone(stack: Stack, frame: Frame, loop: ast.AST, norm: str, carri
 def _carriers(graph: Graph, loop: ast.For | ast.While, frame: Frame, carried: set[int]) -> dict[str, Value]:
     """The variables that hold the stream when a loop is over."""
     found: dict[str, Value] = {}
-    for node in ast.walk(loop):
+    for node in walk(loop):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             values = values_in(graph.machine, node, frame)
             if values:
@@ -189,7 +189,7 @@ def _is_read_after(frame: Frame, loop: ast.AST, name: str) -> bool:
     end = loop.end_lineno  # type: ignore[attr-defined]
     reads = [
         n
-        for n in ast.walk(frame.function.node)
+        for n in walk(frame.function.node)
         if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) and n.lineno > end
     ]
     return bool(reads)
@@ -201,7 +201,7 @@ def _collected(stack: Stack, frame: Frame, loop: ast.AST, name: str, carried: se
     for variable, value in frame.names.items():
         if not isinstance(value, Many) or not value.items or id(value.items[-1]) not in carried:
             continue
-        touched = [n for n in ast.walk(loop) if isinstance(n, ast.Name) and n.id == variable]
+        touched = [n for n in walk(loop) if isinstance(n, ast.Name) and n.id == variable]
         if not touched:
             continue
         if value.kind == "tuple" or any(isinstance(n.ctx, ast.Store) for n in touched):
@@ -225,7 +225,7 @@ def _after_call(graph: Graph, stack: Stack, end: Residual, call: ast.Call, frame
     if isinstance(statement, ast.Assign) and statement.value is call and len(statement.targets) == 1:
         names = [
             n.id
-            for n in ast.walk(statement.targets[0])
+            for n in walk(statement.targets[0])
             if isinstance(n, ast.Name) and any(id(v) in carried for v in values_in(graph.machine, n, frame))
         ]
         if len(names) == 1:

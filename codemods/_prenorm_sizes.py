@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from codemods._prenorm_common import receiver_name, stores, values_in
 from modernizer.graph.machine import Machine
 from modernizer.graph.values import Class, Const, Frame, Function, Module, Node, Value
+from modernizer.syntax import walk
 
 
 class Translator:
@@ -73,7 +74,7 @@ class Translator:
         return name in self.target.names or name in self.target.arguments
 
     def _assigned(self, function: ast.AST, target: ast.Name) -> ast.expr | None:
-        for statement in ast.walk(function):
+        for statement in walk(function):
             if isinstance(statement, ast.Assign) and target in statement.targets:
                 return statement.value
         return None
@@ -101,13 +102,13 @@ class Translator:
         if isinstance(node.value, ast.Name) and node.value.id == receiver_name(frame) and frame.function is not None:
             found = [
                 s.value
-                for s in ast.walk(frame.function.node)
+                for s in walk(frame.function.node)
                 if isinstance(s, ast.Assign)
                 and any(ast.dump(t) == ast.dump(node).replace("Load()", "Store()") for t in s.targets)
             ]
             found += [
                 s.value.elts[i]
-                for s in ast.walk(frame.function.node)
+                for s in walk(frame.function.node)
                 if isinstance(s, ast.Assign) and isinstance(s.value, ast.Tuple)
                 for t in s.targets
                 if isinstance(t, ast.Tuple) and len(t.elts) == len(s.value.elts)
@@ -142,9 +143,9 @@ class Translator:
         """Whether an expression of the target itself means the same at the end of it."""
         if frame.function is None:
             return False
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        names = {n.id for n in walk(node) if isinstance(n, ast.Name)}
         for name in names:
             found = list(stores(frame.function.node, name))
             if len(found) > 1 or (found and name in frame.arguments):
                 return False
-        return not any(isinstance(n, ast.Await | ast.NamedExpr | ast.Lambda) for n in ast.walk(node))
+        return not any(isinstance(n, ast.Await | ast.NamedExpr | ast.Lambda) for n in walk(node))

@@ -13,7 +13,7 @@ from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
 from modernizer.model_map.residual import Residual
 from modernizer.source import Location, SourceFile
-from modernizer.syntax import below, loops_around, mentions, outward
+from modernizer.syntax import below, loops_around, mentions, outward, walk
 from modernizer.vendoring import is_vendored
 
 _WIDTHS = {"LayerNorm": "normalized_shape", "RMSNorm": "normalized_shape", "MultiheadAttention": "embed_dim"}
@@ -116,7 +116,7 @@ def _stated(source: SourceFile, init: ast.FunctionDef, module: Module) -> tuple[
     inside = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda | ast.FunctionDef | ast.ClassDef
     if anchor is None or any(isinstance(n, inside) for n in way[: way.index(anchor)]):
         return None
-    names = {n.id for n in ast.walk(given) if isinstance(n, ast.Name)}
+    names = {n.id for n in walk(given) if isinstance(n, ast.Name)}
     # Where the statement around it binds the name too, a loop say, the name may mean something else behind it.
     if any(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in names for n in below(anchor)):
         return None

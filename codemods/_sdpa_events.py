@@ -12,6 +12,7 @@ from modernizer.graph.torch_api import CALLS, MODULE_OPS, function_operation
 from modernizer.graph.values import Class, External, Method, Module, Node, Value
 from modernizer.graph.values import Function as GraphFunction
 from modernizer.source import SourceFile
+from modernizer.syntax import walk
 
 CASTS = frozenset("to type float half bfloat16 double type_as".split())
 
@@ -129,7 +130,7 @@ def is_nothing(node: ast.expr | None) -> bool:
 
 def bound_names(targets: Sequence[ast.expr]) -> set[str]:
     """The names that an assignment to these targets binds."""
-    return {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return {n.id for t in targets for n in walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def leaves(body: Sequence[ast.stmt]) -> bool:
@@ -141,14 +142,12 @@ def stable_test(source: SourceFile, function: ast.FunctionDef, test: ast.expr) -
     """The text of a test that is known when the function starts and stays the same, None for any other."""
     allowed = (ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.expr_context, ast.cmpop,
                ast.boolop, ast.unaryop)  # fmt: skip
-    if not all(isinstance(n, allowed) for n in ast.walk(test)):
+    if not all(isinstance(n, allowed) for n in walk(test)):
         return None
     parameters = {a.arg for a in (*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs)}
-    stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    attributes = {
-        n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)
-    }
-    for node in ast.walk(test):
+    stored = {n.id for n in walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    attributes = {n.attr for n in walk(function) if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Load)}
+    for node in walk(test):
         if isinstance(node, ast.Name) and (node.id not in parameters or node.id in stored):
             return None
         if isinstance(node, ast.Attribute) and node.attr in attributes:

@@ -12,6 +12,7 @@ from codemods._sdpa_trace import Trace
 from modernizer.graph.query import VIEWS, data_ancestors, is_const
 from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Many, Node, Value
+from modernizer.syntax import walk
 
 
 def swaps_last_two(node: Node) -> bool:
@@ -51,7 +52,7 @@ def complement_factor(value: Value, binary: Value) -> float | None:
 
 def is_pure(node: ast.expr, trace: Trace) -> bool:
     """Whether evaluating an expression later gives the same and has no side effect: no module runs in it."""
-    for inner in ast.walk(node):
+    for inner in walk(node):
         if not isinstance(inner, ast.Call):
             continue
         values = trace.values(inner)
@@ -90,7 +91,7 @@ def is_in_place(node: ast.AST, names: set[str]) -> bool:
 def changed_in_place(statement: ast.stmt) -> list[ast.expr]:
     """The expressions whose tensor a statement changes."""
     found: list[ast.expr] = []
-    for node in ast.walk(statement):
+    for node in walk(statement):
         if isinstance(node, ast.AugAssign):
             target = node.target
             found.append(target.value if isinstance(target, ast.Subscript) else target)

@@ -14,7 +14,7 @@ from codemods._sdpa_events import (
     factors,
 )
 from modernizer.graph.values import Method, Module
-from modernizer.syntax import names_in, parents
+from modernizer.syntax import names_in, parents, walk
 
 if TYPE_CHECKING:
     from codemods._sdpa_trace import Trace
@@ -131,12 +131,10 @@ class Inlined:
         """Whether every name means the same in the calling function."""
         assert self.trace.function is not None
         local = names_in(self.trace.function)
-        free = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)} - self.names.keys()
-        bound = {
-            n.id for n in ast.walk(self.trace.function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)
-        }
-        bound |= {n.arg for n in ast.walk(self.trace.function) if isinstance(n, ast.arg)}
-        inner = {n.id for n in ast.walk(part) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        free = {n.id for n in walk(part) if isinstance(n, ast.Name)} - self.names.keys()
+        bound = {n.id for n in walk(self.trace.function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        bound |= {n.arg for n in walk(self.trace.function) if isinstance(n, ast.arg)}
+        inner = {n.id for n in walk(part) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
         return not (free & bound & local) and not inner and not (free & self._locals)
 
     @property
@@ -144,7 +142,7 @@ class Inlined:
         function = self._function()
         if function is None:
             return set()
-        return {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+        return {n.id for n in walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
 
     def _moved(self, part: ast.expr | None) -> ast.expr | None:
         if part is None:

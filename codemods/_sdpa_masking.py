@@ -22,7 +22,7 @@ from codemods._sdpa_scaling import Scaling
 from codemods._sdpa_words import is_literal, minus, negated
 from modernizer.graph.rank import is_number, rank
 from modernizer.graph.values import Node
-from modernizer.syntax import parents
+from modernizer.syntax import parents, walk
 
 Mask = tuple[Event, str, float | None]  # the event, "fill", "binary" or "bias", and the number that a fill sets
 
@@ -153,7 +153,7 @@ class Masking(Scaling):
 
     def _leaf_values(self, node: ast.expr) -> list[list[int]]:
         """What the names in an expression stood for, in every context."""
-        return [[id(v) for v in self.trace.values(n)] for n in ast.walk(node) if isinstance(n, ast.Name)]
+        return [[id(v) for v in self.trace.values(n)] for n in walk(node) if isinstance(n, ast.Name)]
 
     def _boolean(self, masks: Sequence[Mask], attends: bool) -> str:
         parts = [(m[0], self._folded(m[0], self._polarised(m[0], attends, m[1] == "binary"))) for m in masks]

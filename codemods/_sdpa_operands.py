@@ -18,7 +18,7 @@ from codemods._sdpa_trace import Trace
 from codemods._sdpa_words import ATOMS, is_literal, parsed, permuted, rename
 from modernizer.graph.values import Const, Many, Node, Value
 from modernizer.model_map.attention import Attention
-from modernizer.syntax import free_name, names_in, parents
+from modernizer.syntax import free_name, names_in, parents, walk
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Operands:
         start, end = self.source.span(node)
         code, moved = self.source.text, ""
         place = start
-        inner = sorted((n for n in self.trace.sizes if n in set(ast.walk(node))), key=lambda n: self.source.span(n))
+        inner = sorted((n for n in self.trace.sizes if n in set(walk(node))), key=lambda n: self.source.span(n))
         for part in inner:
             a, b = self.source.span(part)
             moved += code[place:a] + self._size(part)
@@ -149,13 +149,13 @@ class Operands:
         if not is_pure(node, self.trace):
             return False
         names = names_in(parsed(code))
-        attributes = {n.attr for n in ast.walk(parsed(code)) if isinstance(n, ast.Attribute)}
+        attributes = {n.attr for n in walk(parsed(code)) if isinstance(n, ast.Attribute)}
         begun = False
         for other in self._flat(self.trace.region):
             begun = begun or other is statement
             if not begun or other is self.last or other in self._gone:
                 continue
-            for inner in ast.walk(other):
+            for inner in walk(other):
                 if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Load) and inner.id in names:
                     return False
                 if (
@@ -232,7 +232,7 @@ class Operands:
         if reads - {name}:
             return None
         assert self.trace.function is not None
-        for node in ast.walk(self.trace.function):
+        for node in walk(self.trace.function):
             target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
             if not isinstance(node, ast.Assign) or not isinstance(target, ast.Name) or target.id != name.id:
                 continue

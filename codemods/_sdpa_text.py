@@ -11,6 +11,7 @@ from codemods._sdpa_operands import Pieces
 from codemods._sdpa_trace import Trace
 from codemods._sdpa_weights import Demand
 from modernizer.source import SourceFile
+from modernizer.syntax import walk
 
 Change = tuple[int, int, str]  # start and end in the file's text, and what comes there
 
@@ -20,7 +21,7 @@ def fused_text(trace: Trace, pieces: Pieces, demand: Demand) -> str:
     source = trace.source
     changes: list[Change] = []
     gone: dict[ast.stmt, list[str]] = {key: [] for key in trace.kept_weights} | dict(demand.dropped)
-    whole = {inner for statement in demand.dropped for inner in ast.walk(statement) if inner is not statement}
+    whole = {inner for statement in demand.dropped for inner in walk(statement) if inner is not statement}
     for statement, lines in (pieces.instead | gone).items():
         if statement in whole:
             continue

@@ -33,7 +33,7 @@ from modernizer.graph.query import LIKE
 from modernizer.graph.torch_api import operation
 from modernizer.graph.values import Const, External, Node, Value
 from modernizer.source import SourceFile
-from modernizer.syntax import block_of, function_of, parents, statement_of
+from modernizer.syntax import block_of, function_of, parents, statement_of, walk
 
 # Methods that make a tensor of another's type, whatever it holds.
 NEW_LIKE = frozenset({"new_tensor", "new_zeros", "new_ones", "new_full", "new_empty"})
@@ -108,7 +108,7 @@ class Trace:
     def _is_chain(self, expression: ast.expr) -> bool:
         return any(
             node is self.product or (isinstance(node, ast.Name) and node.id in self.tracked)
-            for node in ast.walk(expression)
+            for node in walk(expression)
         )
 
     # -- statements
@@ -133,7 +133,7 @@ class Trace:
             self._consume(node)
         elif self._touches(node) and not isinstance(node, ast.FunctionDef):
             self._look_for_sizes(node)
-            if any(isinstance(n, ast.expr) and self._is_write(n) for n in ast.walk(node)):
+            if any(isinstance(n, ast.expr) and self._is_write(n) for n in walk(node)):
                 raise Decline("the scores are changed in a loop or another compound statement")
 
     def _is_tracked(self, node: ast.expr) -> bool:
@@ -289,7 +289,7 @@ class Trace:
             for inner in body:
                 self.statement(inner, (*guard, (node, number)))
             ends.append(self.tracked if not leaves(body) else {})
-            if leaves(body) and any(inner in self.changes for inner in ast.walk(node) if isinstance(inner, ast.stmt)):
+            if leaves(body) and any(inner in self.changes for inner in walk(node) if isinstance(inner, ast.stmt)):
                 raise Decline(f"a branch at line {node.lineno} that handles the scores leaves the function")
         self._check_weights(start, ends, node)
         left = [end for end, body in zip(ends, (node.body, node.orelse), strict=True) if not leaves(body)]
@@ -325,10 +325,10 @@ class Trace:
         return not node.orelse and all(isinstance(s, ast.Raise) for s in node.body) and self._reads_only_sizes(node)
 
     def _consume(self, node: ast.AST) -> None:
-        self.consumed.update(ast.walk(node))
+        self.consumed.update(walk(node))
 
     def _touches(self, node: ast.AST) -> bool:
-        return any(n is self.product or (isinstance(n, ast.Name) and n.id in self.tracked) for n in ast.walk(node))
+        return any(n is self.product or (isinstance(n, ast.Name) and n.id in self.tracked) for n in walk(node))
 
     # -- expressions
 
@@ -378,8 +378,8 @@ class Trace:
 
     def _holds_scores(self, node: ast.expr) -> bool:
         """Whether an operand is made of the scores themselves, apart from their size or type."""
-        rest = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self.tracked]
-        return self.product in ast.walk(node) or any(self._size_read(n) is None for n in rest)
+        rest = [n for n in walk(node) if isinstance(n, ast.Name) and n.id in self.tracked]
+        return self.product in walk(node) or any(self._size_read(n) is None for n in rest)
 
     def _arithmetic(
         self,
@@ -618,7 +618,7 @@ class Trace:
         self._look_for_sizes(node)
 
     def _look_for_sizes(self, node: ast.AST) -> None:
-        for inner in ast.walk(node):
+        for inner in walk(node):
             if isinstance(inner, ast.Name) and inner.id in self.tracked and isinstance(inner.ctx, ast.Load):
                 read = self._size_read(inner)
                 if read is not None:
@@ -649,7 +649,7 @@ class Trace:
         return None
 
     def _reads_only_sizes(self, node: ast.AST) -> bool:
-        reads = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in self.tracked]
+        reads = [n for n in walk(node) if isinstance(n, ast.Name) and n.id in self.tracked]
         above = parents(self.tree)
         for name in reads:
             parent = above.get(name)

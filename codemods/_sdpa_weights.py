@@ -20,7 +20,7 @@ from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
 from modernizer.source import SourceFile
 from modernizer.syntax import Function as FunctionNode
-from modernizer.syntax import free_name, function_of, names_in, outward, parents, statement_of
+from modernizer.syntax import free_name, function_of, names_in, outward, parents, statement_of, walk
 
 ALWAYS = "always"
 # What is done to weights that are kept to be looked at.
@@ -55,7 +55,7 @@ class Guard:
 def demand_for(model: ModelMap, trace: Trace, contexts: Sequence[Attention]) -> Demand:
     """Who wants the weights. Raises Decline where somebody always does."""
     assert trace.function is not None
-    for node in ast.walk(trace.function):
+    for node in walk(trace.function):
         is_gone = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del) and node.id in trace.names
         if is_gone and isinstance(node, ast.Name) and node not in trace.consumed:
             raise Decline(f"a variable that holds scores or weights is deleted at line {node.lineno}")
@@ -77,7 +77,7 @@ def extra_reads(trace: Trace, names: set[str]) -> list[ast.Name]:
     chain |= {id(v) for s in trace.changes for v in trace.values(getattr(s, "value", trace.product))}
     start = trace.source.span(trace.product)
     found = []
-    for node in ast.walk(trace.function):
+    for node in walk(trace.function):
         if not isinstance(node, ast.Name) or node.id not in names or not isinstance(node.ctx, ast.Load):
             continue
         if node in trace.consumed or trace.source.span(node) < start:
@@ -237,9 +237,9 @@ class _Analysis:
                 "scaled_dot_product_attention does not give the weights",
             )
         name = targets[0].id
-        stores = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name
+        stores = [n for n in walk(function) if isinstance(n, ast.Name) and n.id == name
                   and not isinstance(n.ctx, ast.Load)]  # fmt: skip
-        uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name
+        uses = [n for n in walk(function) if isinstance(n, ast.Name) and n.id == name
                 and isinstance(n.ctx, ast.Load)]  # fmt: skip
         if len(stores) != 1:
             raise Decline(f"the weights are used for something else at line {read.lineno}")
@@ -381,7 +381,7 @@ class _Analysis:
         """`result = attention(...)`: every read takes one item out of it, or only asks what it is."""
         above = parents(source.tree)
         values = {id(v) for f, v in self.machine.at.get(target, ()) if f is caller}
-        for node in ast.walk(outer):
+        for node in walk(outer):
             if not (isinstance(node, ast.Name) and node.id == target.id and isinstance(node.ctx, ast.Load)):
                 continue
             seen = [v for f, v in self.machine.at.get(node, ()) if f is caller]
@@ -404,7 +404,7 @@ class _Analysis:
         found: set[str] = set()
         if name in seen:
             return found
-        for node in ast.walk(outer):
+        for node in walk(outer):
             if not (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)):
                 continue
             if not self._sees(node, outer, source, statement, name) or _is_appended_to(source, node):
@@ -443,7 +443,7 @@ class _Analysis:
             raise Decline(f"the weights are stored in `{ast.unparse(attribute)}`")
         self._check_unread(attribute)
         if owner not in self.flags:
-            used = {n.attr for n in ast.walk(owner) if isinstance(n, ast.Attribute)} | names_in(owner)
+            used = {n.attr for n in walk(owner) if isinstance(n, ast.Attribute)} | names_in(owner)
             self.flags[owner] = free_name("keep_weights", used)
             self.homes[owner] = source
         self.attributes.append(f"{owner.name}.{attribute.attr}")
@@ -453,7 +453,7 @@ class _Analysis:
         stored = {id(v) for _, v in self.machine.at.get(attribute, ())}
         for source in self._sources():
             above = parents(source.tree)
-            for node in ast.walk(source.tree):
+            for node in walk(source.tree):
                 if isinstance(node, ast.Constant) and node.value == attribute.attr and _is_looked_up(above, node):
                     raise Decline(f"the stored weights may be read at {source.path.name}:{node.lineno}")
                 if not (

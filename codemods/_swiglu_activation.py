@@ -12,6 +12,7 @@ from modernizer.edit import Edit, Replace
 from modernizer.graph.query import IDENTITY, alternatives, ancestors, base, origin
 from modernizer.graph.values import Class, External, Frame, Function, Method, Module, Node, Partial, Value
 from modernizer.model_map.feed_forward import FeedForward
+from modernizer.syntax import walk
 
 Reference = Callable[[str, ast.AST, Frame], tuple[str, Sequence[Edit]]]  # the text for a component at a place
 
@@ -58,7 +59,7 @@ def find_activations(made: FeedForward) -> list[ActivationSite]:
     options = [base(option) for option in alternatives(top)]
     if len(sites) == 1 or all(len(_places(option, place_of)) == 1 for option in options):
         return list(sites.values())
-    if isinstance(top, Node) and isinstance(top.node, ast.expr) and all(s in ast.walk(top.node) for s in sites):
+    if isinstance(top, Node) and isinstance(top.node, ast.expr) and all(s in walk(top.node) for s in sites):
         return [ActivationSite(top.node, top.frame, is_formula=True)]
     raise Refused("its activation is computed in several steps", "put it into one function")
 
@@ -176,7 +177,7 @@ class ActivationEdits:
         found: dict[ast.expr, Frame] = {}
         for container in self._containers(site):
             if isinstance(container.call, ast.Call) and container.frame is not None:
-                for part in ast.walk(container.call):
+                for part in walk(container.call):
                     if (
                         part is not container.call
                         and isinstance(part, ast.expr)
@@ -228,7 +229,7 @@ class ActivationEdits:
             return []
         ((statement, frame),) = statements.items()
         assert isinstance(statement, ast.Assign)
-        inside = set(ast.walk(statement.value))
+        inside = set(walk(statement.value))
         given = self.uses.values(statement.targets[0])
         for value in given:
             for read, _ in self.uses.machine.reads[id(value)]:
@@ -279,7 +280,7 @@ class ActivationEdits:
     def _in_formula(self, site: ActivationSite, made: FeedForward, axis: int) -> list[Edit]:
         if not self._is_in_feed_forwards(site.call):
             raise Refused("its activation is applied to something else at the same place")
-        for part in ast.walk(site.call):
+        for part in walk(site.call):
             if isinstance(part, ast.Name) and any(
                 base(v) is made.first.value for v in self.uses.values(part, site.frame)
             ):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from codemods._swiglu_places import Refused, Uses
 from modernizer.graph.query import origin
 from modernizer.graph.values import Class, Module
+from modernizer.syntax import walk
 
 HINT = "let all branches of the code build it in one place"
 OF_ANY_WIDTH = frozenset(  # methods of a layer that work whatever its widths are
@@ -97,7 +98,7 @@ def stores(cls: Class, attribute: str) -> int:
 def _attributes(cls: Class, attribute: str) -> Iterator[ast.Attribute]:
     for base in cls.mro:
         if isinstance(base, Class):
-            for node in ast.walk(base.node):
+            for node in walk(base.node):
                 if isinstance(node, ast.Attribute) and node.attr == attribute:
                     yield node
 

@@ -13,6 +13,7 @@ from modernizer.graph.query import base, inputs, origin, users
 from modernizer.graph.torch_api import SIGNATURES
 from modernizer.graph.values import Class, External, Frame, Function, Method, Module, Node, Value
 from modernizer.model_map.feed_forward import CROSSINGS, FeedForward, FeedForwards
+from modernizer.syntax import walk
 
 SIZE_ATTRIBUTES = frozenset({"in_features", "out_features", "in_channels", "out_channels"})
 HARMLESS = frozenset(
@@ -155,7 +156,7 @@ class Uses:
         whose forward is the module's; and uses the width for nothing else."""
         assert frame.function is not None
         body = frame.function.node.body
-        reads = [n for part in (body if isinstance(body, list) else [body]) for n in ast.walk(part)
+        reads = [n for part in (body if isinstance(body, list) else [body]) for n in walk(part)
                  if isinstance(n, ast.Name) and n.id == name]  # fmt: skip
         if len(reads) != 1:
             return False

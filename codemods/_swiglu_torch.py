@@ -17,7 +17,7 @@ from modernizer.graph.values import Class, Const, External, Frame, Module, Node,
 from modernizer.model_map.activation import RELU_FAMILY
 from modernizer.model_map.feed_forward import FeedForward
 from modernizer.source import SourceFile
-from modernizer.syntax import every_node
+from modernizer.syntax import every_node, walk
 
 LAYERS = ("torch.nn.TransformerEncoderLayer", "torch.nn.TransformerDecoderLayer")
 STACK = "torch.nn.Transformer"
@@ -185,7 +185,7 @@ class TorchEdits:
     def _super_call(cls: Class, what: str) -> ast.Call:
         calls = [
             node
-            for node in ast.walk(cls.members["__init__"])
+            for node in walk(cls.members["__init__"])
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and node.func.attr == "__init__"

@@ -19,7 +19,7 @@ from modernizer.graph.values import External
 from modernizer.imports import Imports
 from modernizer.model_map import ModelMap
 from modernizer.rule import Effect, Plan, Refusal, Rule, Upgrade
-from modernizer.syntax import every_node
+from modernizer.syntax import every_node, walk
 from modernizer.weights import Concat, Group, WeightMap
 
 FUSED = "modernizer.components.FusedLinear"
@@ -214,7 +214,7 @@ class _Planner:
                     continue
                 stored = {
                     part.attr
-                    for part in ast.walk(node)
+                    for part in walk(node)
                     if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
                 }
                 if stored >= set(names):

@@ -22,7 +22,7 @@ from codemods._kvcache_axes import BATCH, FED, NEW, Loose, Number, Tensor
 from codemods._kvcache_checks import check
 from codemods._kvcache_cut import Cut, cuts, timeline
 from codemods._kvcache_growth import find_generations
-from codemods._kvcache_loops import Generation, Pick, syntax_in
+from codemods._kvcache_loops import Generation, Pick
 from codemods._kvcache_runs import with_outer_loops
 from codemods._kvcache_thread import Thread, sequential_code
 from codemods._kvcache_time import Change, Timeline
@@ -162,9 +162,9 @@ class Builder:
         made: list[Change] = []
         inside = set(map(id, below(update.statement)))
         for frame, _ in update.frames:
-            nodes = [n for n in self.machine.nodes if syntax_in(n, frame) is not None]
-            first = min(n.order for n in nodes if id(syntax_in(n, frame)) in inside)
-            last = nodes[-1].order
+            within = self.model.graph.activations
+            first = next(within.nodes(frame, inside)).order
+            last = max(n.order for n in within.nodes(frame))
             for part in (update.key, update.value):
                 value = self.code.value(part.expr, frame)
                 assert value is not None

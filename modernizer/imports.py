@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from modernizer.edit import AddImport
 from modernizer.source import SourceFile
-from modernizer.syntax import every_node
+from modernizer.syntax import children, every_node, walk
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -140,24 +140,25 @@ def _names_around(tree: ast.Module) -> Mapping[Function, frozenset[str]]:
     names: dict[Function, frozenset[str]] = {}
     inside: dict[Function, set[str]] = {}
 
-    def collect(node: ast.AST) -> set[str]:
-        found = set(_own_bindings(node))
+    def collect(node: ast.AST, found: set[str]) -> None:
+        own: set[str] = set() if isinstance(node, Function) else found
+        own.update(_own_bindings(node))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-        for child in ast.iter_child_nodes(node):
-            found |= collect(child)
+            own.add(node.name)
+        for child in children(node):
+            collect(child, own)
         if isinstance(node, Function):
-            inside[node] = found
-        return found
+            inside[node] = own
+            found |= own
 
     def spread(node: ast.AST, outer: frozenset[str]) -> None:
         if isinstance(node, Function):
             outer = outer | inside[node]
             names[node] = outer
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             spread(child, outer)
 
-    collect(tree)
+    collect(tree, set())
     spread(tree, frozenset())
     return names
 
@@ -181,10 +182,10 @@ def _bound_by(node: ast.AST) -> Iterator[str]:
         case ast.Lambda():
             return
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            yield from (part.target.id for part in ast.walk(node) if isinstance(part, ast.NamedExpr))
+            yield from (part.target.id for part in walk(node) if isinstance(part, ast.NamedExpr))
             return
     yield from _own_bindings(node)
-    for child in ast.iter_child_nodes(node):
+    for child in children(node):
         yield from _bound_by(child)
 
 

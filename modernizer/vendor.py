@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from modernizer import __version__
+from modernizer.syntax import walk
 
 __all__ = ["component_names", "vendored_module"]
 
@@ -133,7 +134,7 @@ def _read(stem: str) -> _File:
         if isinstance(node, ast.Import | ast.ImportFrom):
             file.imports.update((found.name, found) for found in _imports(node))
         elif name := _defined_name(node):
-            uses = tuple(dict.fromkeys(n.id for n in ast.walk(node) if isinstance(n, ast.Name)))
+            uses = tuple(dict.fromkeys(n.id for n in walk(node) if isinstance(n, ast.Name)))
             file.definitions[name] = _Definition(name, _text_of(node, lines), uses)
     return file
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modernizer.edit import AddImport, Delete, Edit, Insert, Replace
 from modernizer.source import SourceFile
+from modernizer.syntax import walk
 
 _Import = ast.Import | ast.ImportFrom
 _WORD = re.compile(r"\w+")
@@ -144,7 +145,7 @@ def _bound(alias: ast.alias) -> str:
 def used_names(tree: ast.AST) -> set[str]:
     """All names that are read somewhere, also those in string annotations."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in walk(tree):
         match node:
             case ast.Name(id=name, ctx=ast.Load() | ast.Del()):
                 names.add(name)
@@ -162,7 +163,7 @@ def used_names(tree: ast.AST) -> set[str]:
 
 def _quoted_names(annotation: ast.expr) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(annotation):
+    for node in walk(annotation):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             try:
                 names |= used_names(ast.parse(node.value.strip(), mode="eval"))
@@ -177,7 +178,7 @@ def _exported(tree: ast.Module) -> set[str]:
         constant.value
         for statement in tree.body
         if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr)
-        if any(isinstance(node, ast.Name) and node.id == "__all__" for node in ast.walk(statement))
-        for constant in ast.walk(statement)
+        if any(isinstance(node, ast.Name) and node.id == "__all__" for node in walk(statement))
+        for constant in walk(statement)
         if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
     }

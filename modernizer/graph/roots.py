@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from modernizer.graph import calls, expressions, statements  # noqa: F401 - they register their handlers
+from modernizer.graph.activations import Activations
 from modernizer.graph.machine import Dead, Machine, OutOfSteps
 from modernizer.graph.scope import Scope
 from modernizer.graph.values import Class, External, Frame, Function, Many, Module, Node, Object, Value
 from modernizer.project import Project
+from modernizer.syntax import walk
 
 
 @dataclass(eq=False)
@@ -37,6 +40,11 @@ class Graph:
     @property
     def project(self) -> Project:
         return self.machine.project
+
+    @cached_property
+    def activations(self) -> Activations:
+        """What happened within what; to be asked for once everything has run."""
+        return Activations(self.machine)
 
 
 def execute(project: Project) -> Graph:
@@ -242,9 +250,9 @@ def _build_factories(graph: Graph, scopes: list[Scope], classes: list[Class]) ->
 
 def _constructs(function: Function, names: set[str]) -> bool:
     """Whether a function puts objects of several project classes together and returns one: a factory."""
-    found = [n for n in ast.walk(function.node) if isinstance(n, ast.Call) and _called(n) in names]
+    found = [n for n in walk(function.node) if isinstance(n, ast.Call) and _called(n) in names]
     several = len({_called(c) for c in found}) > 1 or any(
-        inner is not outer and inner in ast.walk(outer) for outer in found for inner in found
+        inner is not outer and inner in walk(outer) for outer in found for inner in found
     )
     return several and _returns_one(function.node, names)
 
@@ -253,7 +261,7 @@ def _returns_one(node: ast.AST, names: set[str]) -> bool:
     """Whether a function returns an instance of one of the classes: made in the return, or held by a variable."""
     holders = {
         target.id
-        for statement in ast.walk(node)
+        for statement in walk(node)
         if isinstance(statement, ast.Assign) and _makes(statement.value, names)
         for target in statement.targets
         if isinstance(target, ast.Name)
@@ -262,7 +270,7 @@ def _returns_one(node: ast.AST, names: set[str]) -> bool:
         isinstance(n, ast.Return)
         and n.value is not None
         and (_makes(n.value, names) or (isinstance(n.value, ast.Name) and n.value.id in holders))
-        for n in ast.walk(node)
+        for n in walk(node)
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from modernizer.graph.values import Class, Const, External, Frame, Function, Node, Package, Value
 from modernizer.project import Project
 from modernizer.source import SourceFile
+from modernizer.syntax import walk
 from modernizer.vendoring import is_vendored
 
 Binding = ast.stmt | ast.alias
@@ -160,7 +161,7 @@ class Scope:
         elif isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             for target in targets:
-                for leaf in ast.walk(target):
+                for leaf in walk(target):
                     if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store):
                         self.bindings.setdefault(leaf.id, []).append(statement)
 
