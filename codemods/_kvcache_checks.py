@@ -78,17 +78,13 @@ def _check_results(generation: Generation, line: Timeline) -> None:
 
 def _check_kept(code: Code, line: Timeline) -> None:
     """Nothing that a cache makes shorter may be kept on a module for somebody to read."""
-    machine = code.graph.machine
-    for module in machine.modules:
-        for name, value in module.attributes.items():
-            for leaf in flatten(value):
-                known = line.type_of(leaf)
-                if known is None or not speaks_of(known, NEW + LAST):
-                    continue
-                for file in code.graph.project.files():
-                    for read in mentions(file.tree).attributes.get(name, ()):
-                        if type(read.ctx).__name__ == "Load":
-                            raise Cannot(f"`{name}` keeps what the model gave for all steps", file.location(read))
+    kept = code.graph.activations.kept
+    names = [name for i, known in line.types.items() if i in kept and speaks_of(known, NEW + LAST) for name in kept[i]]
+    for name in dict.fromkeys(names):
+        for file in code.graph.project.files():
+            for read in mentions(file.tree).attributes.get(name, ()):
+                if isinstance(read.ctx, ast.Load):
+                    raise Cannot(f"`{name}` keeps what the model gave for all steps", file.location(read))
 
 
 # -- what code decides by the sequence
@@ -219,7 +215,7 @@ def _check_turns(generation: Generation, line: Timeline) -> None:
     sequences = set(map(id, generation.grown))
     bounds = [generation.start, *generation.ends]
     first, second = (
-        [n for n in line.nodes if a <= n.order < b and id(n) not in sequences and _counts(line, n)]
+        [n for n in line.between(a, b) if id(n) not in sequences and _counts(line, n)]
         for a, b in pairwise(bounds[:3])
     )
     if len(first) != len(second):

@@ -9,6 +9,7 @@ from itertools import product
 
 from modernizer.graph import Graph, execute
 from modernizer.graph.calls import hasattr_of_module
+from modernizer.graph.machine import Machine
 from modernizer.graph.roots import construct, is_module_class, run_function
 from modernizer.graph.values import Class, Frame, Function, Module, Object, Value
 from modernizer.model_map import ModelMap
@@ -39,7 +40,7 @@ def _extended(model: ModelMap) -> ModelMap:
     entries = [e for e in _entries(model.graph) if not _attends(model, e)]
     if not entries or not model.attentions:
         return model
-    open_ = execute(model.project)
+    open_ = Graph(Machine(model.project))
     plans: list[tuple[Entry, dict[str, list[Class]]]] = []
     for entry in entries:
         first = len(open_.machine.nodes)

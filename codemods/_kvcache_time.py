@@ -111,6 +111,11 @@ class Timeline:
             if id(node) not in known and (node.op == "merge" or not known.isdisjoint(self.operands(node))):
                 self._visit(node)
 
+    def between(self, first: int, last: int) -> Sequence[Node]:
+        """The data from one order up to another, that one left out."""
+        start = self.nodes[0].order if self.nodes else 0
+        return self.nodes[max(first - start, 0) : max(last - start, 0)]
+
     def give(self, value: Value, known: Known) -> None:
         """States what a datum is, before `run`."""
         self.types[id(value)] = known

@@ -176,7 +176,7 @@ class Builder:
         problem: Cannot | None = None
         for cut in cuts(self.code, self.generation, first, self.start):
             try:
-                end = len(self.machine.nodes)
+                end = self.model.graph.activations.end(self.generation.frame)
                 return cut, timeline(self.code, self.generation, self.start, end, [*cut.changes, *grown])
             except Cannot as cannot:
                 problem = problem or cannot

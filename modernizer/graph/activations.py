@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from heapq import merge
 
 from modernizer.graph.machine import Machine
@@ -20,6 +21,7 @@ class Activations:
         self._made: defaultdict[int, list[Node]] = defaultdict(list)
         self._read: defaultdict[int, dict[ast.AST, None]] = defaultdict(dict)
         self._first: dict[ast.AST, int] = {}  # when an expression was first evaluated, among all
+        self._ends: dict[int, int] = {}
         self._operands: dict[int, tuple[int, ...]] = {}
         for frame in machine.frames:
             if frame.caller is not None:
@@ -36,6 +38,25 @@ class Activations:
         found = self._operands.get(id(node))
         if found is None:
             found = self._operands[id(node)] = tuple(id(leaf) for value in node.inputs for leaf in flatten(value))
+        return found
+
+    @cached_property
+    def kept(self) -> dict[int, list[str]]:
+        """The attributes of modules as which a datum is kept, by its id, containers opened."""
+        found: defaultdict[int, list[str]] = defaultdict(list)
+        for module in self._machine.modules:
+            for name, value in module.attributes.items():
+                for leaf in flatten(value):
+                    found[id(leaf)].append(name)
+        return dict(found)
+
+    def end(self, frame: Frame) -> int:
+        """One more than the order of the last datum made in the outermost activation around this one."""
+        *_, outermost = frame.outward()
+        found = self._ends.get(id(outermost))
+        if found is None:
+            last = max((made[-1].order for f in self.within(outermost) if (made := self._made[id(f)])), default=-1)
+            found = self._ends[id(outermost)] = last + 1
         return found
 
     def within(self, frame: Frame) -> Iterator[Frame]:
