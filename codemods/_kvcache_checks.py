@@ -215,8 +215,7 @@ def _check_turns(generation: Generation, line: Timeline) -> None:
     sequences = set(map(id, generation.grown))
     bounds = [generation.start, *generation.ends]
     first, second = (
-        [n for n in line.between(a, b) if id(n) not in sequences and _counts(line, n)]
-        for a, b in pairwise(bounds[:3])
+        [n for n in line.between(a, b) if id(n) not in sequences and _counts(line, n)] for a, b in pairwise(bounds[:3])
     )
     if len(first) != len(second):
         raise Cannot("the first turn of the loop does something else than the others", generation.location)
