@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from codemods._swiglu_branches import is_unconditional, stores, unreached_reads
+from codemods._swiglu_gate import Gate
 from codemods._swiglu_places import Refused, Uses
 from modernizer.edit import Edit, Replace
 from modernizer.graph.query import IDENTITY, alternatives, ancestors, base, origin
@@ -94,20 +95,19 @@ class ActivationEdits:
         self.calls = {site.call for site in sites}
         self.callees = {site.call.func for site in sites if isinstance(site.call, ast.Call)}
 
-    def edits(self, site: ActivationSite, made: FeedForward) -> list[Edit]:
+    def edits(self, site: ActivationSite, made: FeedForward, gate: Gate) -> list[Edit]:
         """The edits for one feed-forward; raises Refused where there is no safe one."""
-        axis = made.first.axis
         if site.is_formula:
-            return self._in_formula(site, made, axis)
+            return self._in_formula(site, made, gate)
         assert isinstance(site.call, ast.Call)
         if not self._is_explicit(site):
-            return self._constructors(site, axis) or self._element(site, axis)
+            return self._constructors(site, gate) or self._element(site, gate)
         if not self._is_assigned_once(site):
-            return self._called(site, made, axis)
+            return self._called(site, made, gate)
         found: list[Edit] = []
         if len({origin(m).call for m in site.modules}) == 1:
-            found = self._constructors(site, axis)
-        return found or self._assigned(site, axis) or self._called(site, made, axis)
+            found = self._constructors(site, gate)
+        return found or self._assigned(site, gate) or self._called(site, made, gate)
 
     def _is_assigned_once(self, site: ActivationSite) -> bool:
         """Whether the attribute that is called gets its value in one statement, and all its uses are known."""
@@ -136,14 +136,14 @@ class ActivationEdits:
 
     # -- a module: where it is made
 
-    def _constructors(self, site: ActivationSite, axis: int) -> list[Edit]:
+    def _constructors(self, site: ActivationSite, gate: Gate) -> list[Edit]:
         calls: dict[ast.Call, Frame] = {}
         for module in site.modules:
             made = origin(module)
             if not isinstance(made.call, ast.Call) or made.frame is None or not self._is_made_for_this(made):
                 return []
             calls[made.call] = made.frame
-        return [edit for call, frame in calls.items() for edit in self._module(call, frame, axis)]
+        return [edit for call, frame in calls.items() for edit in self._module(call, frame, gate)]
 
     def _is_made_for_this(self, module: Module) -> bool:
         """Whether every module that a constructor call makes is applied in feed-forwards only."""
@@ -167,11 +167,11 @@ class ActivationEdits:
             for m in self.uses.machine.modules
         )
 
-    def _module(self, place: ast.expr, frame: Frame, axis: int) -> list[Edit]:
-        text, imports = self.reference("GatedSiLU", place, frame)
-        return [Replace(frame.path, place, f"{text}({'' if axis == -1 else f'dim={axis}'})"), *imports]
+    def _module(self, place: ast.expr, frame: Frame, gate: Gate) -> list[Edit]:
+        text, imports = self.reference(gate.module, place, frame)
+        return [Replace(frame.path, place, f"{text}({', '.join(gate.arguments)})"), *imports]
 
-    def _element(self, site: ActivationSite, axis: int) -> list[Edit]:
+    def _element(self, site: ActivationSite, gate: Gate) -> list[Edit]:
         """An element of a container that comes from elsewhere: an argument, a table of activations, a factory."""
         assert isinstance(site.call, ast.Call)
         found: dict[ast.expr, Frame] = {}
@@ -193,7 +193,7 @@ class ActivationEdits:
         if len(found) != 1:
             raise Refused("its activation is made where others are made too", "make one for the feed-forward alone")
         ((part, frame),) = found.items()
-        return self._module(part, frame, axis)
+        return self._module(part, frame, gate)
 
     def _containers(self, site: ActivationSite) -> Iterator[Module]:
         assert isinstance(site.call, ast.Call)
@@ -213,7 +213,7 @@ class ActivationEdits:
 
     # -- an attribute: where it is assigned
 
-    def _assigned(self, site: ActivationSite, axis: int) -> list[Edit]:
+    def _assigned(self, site: ActivationSite, gate: Gate) -> list[Edit]:
         assert isinstance(site.call, ast.Call)
         func = site.call.func
         if not isinstance(func, ast.Attribute):
@@ -236,10 +236,16 @@ class ActivationEdits:
                 is_read = isinstance(read, ast.Attribute) and isinstance(read.ctx, ast.Load) and read.attr == func.attr
                 if is_read and read not in inside and read not in self.callees:
                     return []
-        if axis == -1 and all(isinstance(o, External | Function) for v in given for o in alternatives(v)):
-            text, imports = self.reference("swiglu", statement.value, frame)
-            return [Replace(frame.path, statement.value, text), *imports]
-        return self._module(statement.value, frame, axis)
+        if gate.axis == -1 and all(isinstance(o, External | Function) for v in given for o in alternatives(v)):
+            return self._function(statement.value, frame, gate)
+        return self._module(statement.value, frame, gate)
+
+    def _function(self, place: ast.expr, frame: Frame, gate: Gate) -> list[Edit]:
+        text, imports = self.reference(gate.function, place, frame)
+        if gate.keywords:
+            partial, more = self.reference("functools.partial", place, frame)
+            text, imports = f"{partial}({', '.join([text, *gate.keywords])})", [*imports, *more]
+        return [Replace(frame.path, place, text), *imports]
 
     def _targets(self, value: Value, attribute: str) -> Iterator[tuple[ast.Attribute, Frame]]:
         for syntax, places in self.uses.machine.at.items():
@@ -250,7 +256,7 @@ class ActivationEdits:
 
     # -- a call: where it stands
 
-    def _called(self, site: ActivationSite, made: FeedForward, axis: int) -> list[Edit]:
+    def _called(self, site: ActivationSite, made: FeedForward, gate: Gate) -> list[Edit]:
         assert isinstance(site.call, ast.Call)
         call, frame = site.call, site.frame
         if not self._is_in_feed_forwards(call):
@@ -263,8 +269,8 @@ class ActivationEdits:
         ]
         if len(read) != 1:
             raise Refused("the operand of its activation cannot be told")
-        text, imports = self.reference("swiglu", call, frame)
-        rest = "" if axis == -1 else f", dim={axis}"
+        text, imports = self.reference(gate.function, call, frame)
+        rest = "".join(f", {given}" for given in gate.arguments)
         parent = frame.scope.source.parents.get(call)
         if isinstance(parent, ast.Expr):
             if not isinstance(read[0], ast.Name):
@@ -277,14 +283,14 @@ class ActivationEdits:
         options = [option for value in self.uses.values(call) for option in alternatives(value)]
         return all(id(option) in self.uses.activated for option in options)
 
-    def _in_formula(self, site: ActivationSite, made: FeedForward, axis: int) -> list[Edit]:
+    def _in_formula(self, site: ActivationSite, made: FeedForward, gate: Gate) -> list[Edit]:
         if not self._is_in_feed_forwards(site.call):
             raise Refused("its activation is applied to something else at the same place")
         for part in walk(site.call):
             if isinstance(part, ast.Name) and any(
                 base(v) is made.first.value for v in self.uses.values(part, site.frame)
             ):
-                text, imports = self.reference("swiglu", site.call, site.frame)
-                code = f"{text}($0{'' if axis == -1 else f', dim={axis}'})"
+                text, imports = self.reference(gate.function, site.call, site.frame)
+                code = f"{text}({', '.join(['$0', *gate.arguments])})"
                 return [Replace(site.frame.path, site.call, code, (part,)), *imports]
         raise Refused("its activation is a formula in several steps", "put it into one function")

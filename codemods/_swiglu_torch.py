@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from codemods._swiglu_activation import Reference
 from codemods._swiglu_branches import unreached_reads
+from codemods._swiglu_gate import Wishes
 from codemods._swiglu_places import Refused, Uses
 from modernizer.edit import AddArgument, Delete, Edit, Replace
-from modernizer.graph.query import alternatives, is_none
+from modernizer.graph.query import alternatives, is_const, is_none
 from modernizer.graph.torch_api import MODULE_OPS, function_operation
 from modernizer.graph.values import Class, Const, External, Frame, Module, Node, Value
 from modernizer.model_map.activation import RELU_FAMILY
-from modernizer.model_map.feed_forward import FeedForward
+from modernizer.model_map.feed_forward import CHOSEN, FeedForward
 from modernizer.source import SourceFile
 from modernizer.syntax import every_node, walk
 
 LAYERS = ("torch.nn.TransformerEncoderLayer", "torch.nn.TransformerDecoderLayer")
 STACK = "torch.nn.Transformer"
-OURS = frozenset({"rotary", "alibi", "gated", "keep_hidden"})  # keywords that only our classes take
+OURS = frozenset({"rotary", "alibi", "gated", "keep_hidden", "beta"})  # keywords that only our classes take
 PARTS = ("linear1", "linear2", "activation")
 
 
@@ -96,6 +97,20 @@ def _reached_parts(source: SourceFile) -> Iterator[ast.Attribute]:
                 yield node
 
 
+def _names(activation: Value) -> Iterator[str]:
+    """What an activation that is handed to a layer of torch's is called; `chosen by name` where that is open."""
+    if isinstance(activation, Const) and isinstance(activation.value, str):
+        yield activation.value
+    elif isinstance(activation, External):
+        yield function_operation(activation.dotted) or CHOSEN
+    elif isinstance(activation, Module) and activation.cls is None:
+        operation = MODULE_OPS.get(activation.torch_name.rpartition(".")[2], CHOSEN)
+        is_exact = operation != "gelu" or not activation.args
+        yield operation if is_exact else "gelu (tanh)"
+    else:
+        yield CHOSEN
+
+
 class TorchEdits:
     """Makes torch's layers gated ones of ours."""
 
@@ -105,11 +120,11 @@ class TorchEdits:
         found: Sequence[FeedForward],
         sources: Sequence[SourceFile],
         reference: Reference,
-        keep_hidden: bool,
+        wishes: Wishes,
     ) -> None:
         self.uses = uses
         self.reference = reference
-        self.keep_hidden = keep_hidden
+        self.wishes = wishes
         self.reaching = [node for source in sources for node in _reached_parts(source)]
         self.by_layer: dict[int, list[FeedForward]] = defaultdict(list)
         for made in found:
@@ -124,15 +139,39 @@ class TorchEdits:
         for layer in layers.modules:
             self._check_activation(layer)
             self._check_parts(layer)
-        return self._subclass(layers) if layers.cls is not None else self._plain(layers)
+        added = self._added(layers)
+        return self._subclass(layers, added) if layers.cls is not None else self._plain(layers, added)
 
-    def _plain(self, layers: TorchLayers) -> list[Edit]:
+    def _added(self, layers: TorchLayers) -> dict[str, str]:
+        """The arguments that make a layer gated."""
+        added = {"gated": "True"}
+        if self.wishes.keep_hidden:
+            added["keep_hidden"] = "True"
+        if not self.wishes.keep_weights:
+            return added
+        if layers.cls is not None or layers.modules[0].torch_name == STACK:
+            raise Refused(f"the weights of {layers.name} as a whole are not carried over", "use its layers one by one")
+        names: set[str] = set()
+        for layer in layers.modules:
+            if not is_const(layer.args.get("bias", Const(True)), True):
+                raise Refused("its projections may have no bias, and the unit gate needs one")
+            found = {name for option in alternatives(layer.args.get("activation", Const("relu")))
+                     for name in _names(option)}  # fmt: skip
+            names |= found
+        if self.wishes.keep_activation:
+            raise Refused("the gated layers of torch's kind know no other gate than SiLU", "--keep-weights bridges it")
+        return {**added, "beta": str(self.wishes.gate_for(names).beta)}
+
+    def _plain(self, layers: TorchLayers, added: Mapping[str, str]) -> list[Edit]:
         wanted = layers.modules[0].torch_name
         assert isinstance(layers.call, ast.Call)
         called = self.uses.values(layers.call.func)
         if not called or not all(isinstance(v, External) and v.dotted == wanted for v in called):
             raise Refused(f"nn.{layers.name} is not called by its name here", f"write the call of nn.{layers.name} out")
-        return [*self._renamed(layers, layers.call.func, layers.frame), *self._arguments(layers.call, layers.frame)]
+        return [
+            *self._renamed(layers, layers.call.func, layers.frame),
+            *self._arguments(layers.call, layers.frame, added),
+        ]
 
     def _renamed(self, layers: TorchLayers, place: ast.expr, frame: Frame) -> list[Edit]:
         if any(m.args.keys() & OURS for m in layers.modules):
@@ -142,16 +181,16 @@ class TorchEdits:
             return list(imports)
         return [Replace(frame.path, place, text), *imports]
 
-    def _arguments(self, call: ast.Call, frame: Frame) -> list[Edit]:
+    @staticmethod
+    def _arguments(call: ast.Call, frame: Frame, added: Mapping[str, str]) -> list[Edit]:
         made: list[Edit] = [
             Delete(frame.path, keyword)
             for keyword in call.keywords
             if keyword.arg == "activation" and isinstance(keyword.value, ast.Constant)
         ]
-        names = ["gated", "keep_hidden"] if self.keep_hidden else ["gated"]
-        return made + [AddArgument(frame.path, call, "True", name) for name in names]
+        return made + [AddArgument(frame.path, call, value, name) for name, value in added.items()]
 
-    def _subclass(self, layers: TorchLayers) -> list[Edit]:
+    def _subclass(self, layers: TorchLayers, added: Mapping[str, str]) -> list[Edit]:
         cls = layers.cls
         assert cls is not None
         what = f"{cls.name}, a subclass of nn.{layers.name},"
@@ -167,14 +206,14 @@ class TorchEdits:
         home = cls.scope.frame
         found = self._renamed(layers, bases[0], home)
         if "__init__" in cls.members:
-            return found + self._arguments(self._super_call(cls, what), home)
+            return found + self._arguments(self._super_call(cls, what), home, added)
         calls = {m.call: m.frame for m in layers.modules}
         for call, frame in calls.items():
             if not isinstance(call, ast.Call) or frame is None:
                 raise Refused(f"{what} is constructed out of sight")
             if not all(isinstance(v, Class) and v.node is cls.node for v in self.uses.values(call.func)):
                 raise Refused(f"{what} is not called by its name")
-            found += self._arguments(call, frame)
+            found += self._arguments(call, frame, added)
         return found
 
     def _is_torchs(self, place: ast.expr, layers: TorchLayers) -> bool:

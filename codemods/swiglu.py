@@ -12,10 +12,11 @@ from typing import ClassVar
 
 from codemods._swiglu_activation import ActivationEdits, ActivationSite, find_activations
 from codemods._swiglu_branches import check_branches, check_reached
+from codemods._swiglu_gate import Wishes, check_bias, place_of, widening
 from codemods._swiglu_places import HARMLESS, Place, Refused, Uses
 from codemods._swiglu_torch import TorchEdits, torch_layers
 from modernizer.edit import Edit, Replace
-from modernizer.graph.query import NORMS, location, users
+from modernizer.graph.query import NORMS, location, origin, users
 from modernizer.graph.values import Frame, Node
 from modernizer.imports import Imports
 from modernizer.model_map import ModelMap
@@ -26,9 +27,15 @@ from modernizer.model_map.projection import Projection, torch_layer_of
 from modernizer.project import Project
 from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location
+from modernizer.weights import Group, WeightMap, Widen
 
 PACKAGE = "modernizer.components."
 OTHER_NAMES = RELU_FAMILY | {CHOSEN, "silu", "tanh", "sigmoid", "mish", "softplus", "relu6"}
+KEEP_WEIGHTS = "Write parts that can compute what the old ones did, so that trained weights are carried over."
+CARRIED = "the trained weights are carried over by `modernize migrate`, with a gate of ones"
+TORCH_WEIGHTS = Group(
+    "feed-forward", (Widen("linear1.weight", "linear1.weight"), Widen("linear1.bias", "linear1.bias", fill=1.0))
+)
 RETRAIN = "the trained weights of these layers do not fit: train anew, or warm up from the others"
 
 
@@ -40,10 +47,12 @@ class SwiGLURule(Rule):
     effect: ClassVar[Effect] = Effect.PARAMETERS
     options: ClassVar[Sequence[Option]] = (
         Option("keep_hidden", "swiglu: keep the hidden width, at half as many parameters again."),
+        Option("keep_weights", KEEP_WEIGHTS),
+        Option("keep_activation", "swiglu: as --keep-weights, exactly: the old activation stays, under a gate."),
     )
 
     def plan(self, model: ModelMap, options: Mapping[str, bool]) -> Plan:
-        return _Planner(model, options.get("keep_hidden", False)).plan()
+        return _Planner(model, Wishes.of(options)).plan()
 
     def review(self, before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> str:
         return _review(before, after, upgrades)
@@ -56,6 +65,7 @@ class _Group:
     members: list[FeedForward] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     refusal: Refused | None = None
+    weights: WeightMap | None = None
 
     @property
     def location(self) -> Location:
@@ -81,10 +91,10 @@ def _refusing(group: _Group) -> Iterator[None]:
 
 
 class _Planner:
-    def __init__(self, model: ModelMap, keep_hidden: bool) -> None:
+    def __init__(self, model: ModelMap, wishes: Wishes) -> None:
         self.project = model.project
         self.found = model.feed_forwards
-        self.keep_hidden = keep_hidden
+        self.wishes = wishes
         own = [f for f in self.found if torch_layer_of(f.first.module) is None]
         self.counted = [f for f in own if f.counts]
         self.legacy = [f for f in self.counted if f.is_legacy]
@@ -93,6 +103,8 @@ class _Planner:
     def plan(self) -> Plan:
         plan = Plan()
         groups = self._groups()
+        if self.wishes.keep_weights:
+            self._find_weights(groups)
         for group in groups:
             if group.refusal is not None:
                 plan.refusals.append(Refusal(group.location, group.refusal.reason, group.refusal.hint))
@@ -104,6 +116,15 @@ class _Planner:
         return plan
 
     # -- hand-written feed-forwards
+
+    def _find_weights(self, groups: Sequence[_Group]) -> None:
+        """How the trained weights of each group are carried over; one that a checkpoint cannot tell is refused."""
+        sound = [made for group in groups if group.refusal is None for made in group.members]
+        upgraded = {place_of(made.first.module) for made in sound}
+        for group in groups:
+            if group.refusal is None:
+                with _refusing(group):
+                    group.weights = widening(group.members, upgraded, self.uses.machine.modules)
 
     def _groups(self) -> list[_Group]:
         """The hand-written feed-forwards, those that share code together. What is refused no longer counts as one for
@@ -134,7 +155,7 @@ class _Planner:
                 for made in group.members if group.refusal is None else ():
                     group.edits += self._widths(made)
                     for site in sites[id(made)]:
-                        group.edits += activations.edits(site, made)
+                        group.edits += activations.edits(site, made, self.wishes.gate(made))
 
     def _check(self, made: FeedForward) -> None:
         """Raises Refused where a feed-forward is more than projection, activation, dropout, projection."""
@@ -154,6 +175,9 @@ class _Planner:
                 if not self._is_harmless(user, made.second, inside):
                     raise Refused("what lies between its projections is used elsewhere too")
         self.uses.check_weights(made)
+        if self.wishes.keep_weights:
+            self.wishes.gate(made)
+            check_bias(made.first)
         check_reached(self.uses, [made.first.module, made.second.module])
 
     def _is_harmless(self, user: Node, second: Projection, inside: set[int]) -> bool:
@@ -170,12 +194,12 @@ class _Planner:
         out = self.uses.width(made.first.module, made.first.outputs, "first")
         into = self.uses.width(made.second.module, made.second.inputs, "second")
         yield from self._width(out, doubled=True)
-        if not self.keep_hidden:
+        if not self.wishes.keep_hidden:
             yield from self._width(into, doubled=False)
 
     def _width(self, place: Place, doubled: bool) -> list[Edit]:
         node, twice = place.expression, "2 * " if doubled else ""
-        if self.keep_hidden:
+        if self.wishes.keep_hidden:
             return [Replace(place.path, node, f"{twice}$0", (node,))]
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             return [Replace(place.path, node, f"{twice}{-(-node.value * 2 // 24) * 8}")]
@@ -183,23 +207,29 @@ class _Planner:
         return [Replace(place.path, node, f"{twice}{text}($0)", (node,)), *imports]
 
     def reference(self, name: str, place: ast.AST, frame: Frame) -> tuple[str, Sequence[Edit]]:
-        """The text for a component at a place, and the import it needs."""
+        """The text for a component, or for what a dotted name says, at a place; and the import it needs."""
         source = frame.scope.source
         imports = Imports(source)
         within: ast.AST | None = place
         while within is not None and not isinstance(within, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             within = source.parents.get(within)
-        text, added = imports.reference(PACKAGE + name, within)
+        text, added = imports.reference(name if "." in name else PACKAGE + name, within)
         return text, [added] if added is not None else []
 
     def _upgrade(self, group: _Group) -> Upgrade:
         names = " or ".join(sorted({n for made in group.members for n in made.activations}))
         return Upgrade(
-            group.location, f"a plain feed-forward ({names}) becomes gated", _distinct(group.edits), self._notes()
+            group.location,
+            f"a plain feed-forward ({names}) becomes gated",
+            _distinct(group.edits),
+            self._notes(),
+            group.weights,
         )
 
     def _notes(self) -> tuple[str, ...]:
-        if self.keep_hidden:
+        if self.wishes.keep_weights:
+            return ("the hidden width stays: half as many parameters again in these layers", CARRIED)
+        if self.wishes.keep_hidden:
             return ("the hidden width stays: half as many parameters again in these layers", RETRAIN)
         return (
             "2/3 of the hidden width, rounded up to a multiple of 8: the parameter count usually stays within 1%",
@@ -240,7 +270,8 @@ class _Planner:
 
     def _plan_torch(self, plan: Plan) -> None:
         sources = [source for path in self.project.named if (source := self.project.source(path)) is not None]
-        edits = TorchEdits(self.uses, list(self.found), sources, self.reference, self.keep_hidden)
+        edits = TorchEdits(self.uses, list(self.found), sources, self.reference, self.wishes)
+        upgrades: list[Upgrade] = []
         for layers in torch_layers(self.uses):
             where = location(layers.call, layers.frame)
             if layers.is_gated:
@@ -252,7 +283,20 @@ class _Planner:
                 plan.refusals.append(Refusal(where, refused.reason, refused.hint))
                 continue
             summary = f"the plain feed-forward of nn.{layers.name} becomes gated"
-            plan.upgrades.append(Upgrade(where, summary, _distinct(made), self._notes()))
+            weights = WeightMap.of(TORCH_WEIGHTS) if self.wishes.keep_weights else None
+            upgrades.append(Upgrade(where, summary, _distinct(made), self._notes(), weights))
+        if self.wishes.keep_weights and not self._are_told_apart(upgrades):
+            reason = "a checkpoint could not tell its feed-forward from others that are not upgraded"
+            plan.refusals += [Refusal(upgrade.location, reason) for upgrade in upgrades]
+        else:
+            plan.upgrades += upgrades
+
+    def _are_told_apart(self, upgrades: Sequence[Upgrade]) -> bool:
+        """A checkpoint calls the parts of all layers of torch's the same: all must be upgraded, and no other be so."""
+        places = {upgrade.location for upgrade in upgrades}
+        names = {origin(m).name for m in self.uses.machine.modules if torch_layer_of(m) is None}
+        found = [location(made.call, made.frame) for made in torch_layers(self.uses)]
+        return places == set(found) and "linear1" not in names
 
 
 def _joined(groups: list[_Group], project: Project) -> list[_Group]:
@@ -316,7 +360,7 @@ STRUCTURE = CROSSINGS | NORMS | TORCH_LAYERS | {"softmax", "scaled_dot_product_a
 def _review(before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> str:
     """Every site that was rewritten must now be seen as gated, all else must be as it was."""
     sites = {upgrade.location for upgrade in upgrades}
-    old, new = _Planner(before, False), _Planner(after, False)
+    old, new = _Planner(before, Wishes()), _Planner(after, Wishes())
     done = sum(_location(made) in sites for made in old.legacy)
     (plain, gated), left = _count(old.counted), _count(new.counted)
     if left != (plain - done, gated + done):

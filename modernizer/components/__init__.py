@@ -8,6 +8,7 @@ except ImportError as error:
 from modernizer.components.alibi import ALiBi, alibi_slopes
 from modernizer.components.constellation import HybridRelay, PureRelay
 from modernizer.components.fused_linear import FusedLinear
+from modernizer.components.gated import Gated, gated
 from modernizer.components.grouped_attention import grouped_attention
 from modernizer.components.kv_cache import KVCache, StaticKVCache
 from modernizer.components.masked_attention import masked_attention
@@ -24,6 +25,7 @@ from modernizer.components.transformer_encoder_layer import TransformerEncoderLa
 __all__ = [
     "ALiBi",
     "FusedLinear",
+    "Gated",
     "GatedSiLU",
     "HybridRelay",
     "KVCache",
@@ -41,6 +43,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "alibi_slopes",
     "apply_rotary",
+    "gated",
     "grouped_attention",
     "masked_attention",
     "prismatic_loss",

@@ -26,18 +26,28 @@ def swiglu_hidden(hidden: float, multiple_of: int = 8) -> int:
     return math.ceil(Fraction(hidden) * Fraction(2, 3) / multiple_of) * multiple_of
 
 
-def swiglu(x: Tensor, dim: int = -1) -> Tensor:
+def swiglu(x: Tensor, dim: int = -1, *, beta: float = 1.0) -> Tensor:
     """``silu(gate) * value`` for gate and value the two halves of ``x`` along ``dim``, which comes out half as long.
 
     Shazeer 2020, "GLU Variants Improve Transformer".
 
+    Args:
+        x: ``[..., 2 * hidden, ...]``, gate first.
+        dim: the axis of features.
+        beta: makes it ``silu(beta * gate) / beta * value``, close to ReLU at 8 and to GELU at 1.702, so that a trained
+            plain layer can go on as a gated one. It is a bridge: weights can take it up, and then it is 1.
+
     Raises:
-        ValueError: ``x`` has an odd length along ``dim``.
+        ValueError: ``x`` has an odd length along ``dim``, or ``beta`` is not positive.
     """
     if x.shape[dim] % 2:
         raise ValueError(f"SwiGLU splits its input in two: axis {dim} of {tuple(x.shape)} has an odd length")
     gate, value = x.chunk(2, dim=dim)
-    return F.silu(gate) * value
+    if beta == 1.0:
+        return F.silu(gate) * value
+    if not beta > 0:
+        raise ValueError(f"beta must be a positive number, not {beta!r}")
+    return F.silu(beta * gate) / beta * value
 
 
 class GatedSiLU(nn.Module):
@@ -47,18 +57,20 @@ class GatedSiLU(nn.Module):
 
     Args:
         dim: the axis of features: -1, or 1 between Conv1d layers of kernel size 1 (``[batch, features, time]``).
+        beta: a bridge from a plain activation, see ``swiglu``.
     """
 
-    def __init__(self, dim: int = -1) -> None:
+    def __init__(self, dim: int = -1, *, beta: float = 1.0) -> None:
         super().__init__()
         self.dim = dim
+        self.beta = beta
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., 2 * hidden] -> [..., hidden]`` along ``dim``."""
-        return swiglu(x, self.dim)
+        return swiglu(x, self.dim, beta=self.beta)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}"
+        return f"dim={self.dim}" + ("" if self.beta == 1.0 else f", beta={self.beta}")
 
 
 class SwiGLU(nn.Module):

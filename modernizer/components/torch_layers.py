@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,15 +20,18 @@ def modernize_layer(
     alibi: bool,
     gated: bool,
     keep_hidden: bool,
+    beta: float,
 ) -> None:
     """Give a layer of torch's, just built, relative positions in its self-attention and a gated feed-forward."""
     if rotary or alibi:
         layer.self_attn = MultiheadAttention.from_torch(layer.self_attn, rotary=rotary, alibi=alibi)
     if gated:
-        _gate_feed_forward(layer, keep_hidden)
+        _gate_feed_forward(layer, keep_hidden, beta)
 
 
-def _gate_feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, keep_hidden: bool) -> None:
+def _gate_feed_forward(
+    layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, keep_hidden: bool, beta: float
+) -> None:
     old = layer.linear1
     hidden = old.out_features if keep_hidden else swiglu_hidden(old.out_features)
     like: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
@@ -36,4 +40,4 @@ def _gate_feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoder
     # A function, not a module: in some versions of torch a copied layer forgets an activation that is a module.
     # An activation that was a module must go first, or it could not be replaced by a function.
     del layer.activation
-    layer.activation = swiglu
+    layer.activation = swiglu if beta == 1.0 else partial(swiglu, beta=beta)

@@ -21,7 +21,7 @@ class Transformer(nn.Transformer):
     is taken as it is.
 
     Args:
-        rotary, alibi, gated, keep_hidden: as in ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``.
+        rotary, alibi, gated, keep_hidden, beta: as in ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``.
         others: as in torch.
     """
 
@@ -47,6 +47,7 @@ class Transformer(nn.Transformer):
         alibi: bool = False,
         gated: bool = False,
         keep_hidden: bool = False,
+        beta: float = 1.0,
     ) -> None:
         like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         layer: dict[str, Any] = {
@@ -60,6 +61,7 @@ class Transformer(nn.Transformer):
             "alibi": alibi,
             "gated": gated,
             "keep_hidden": keep_hidden,
+            "beta": beta,
             **like,
         }
         if custom_encoder is None:

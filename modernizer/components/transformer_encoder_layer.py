@@ -27,6 +27,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         gated: SwiGLU replaces the feed-forward and ``activation``, which is then ignored.
         keep_hidden: a gated feed-forward keeps ``dim_feedforward`` as its width, at half as many parameters again,
             instead of ``swiglu_hidden(dim_feedforward)``.
+        beta: of a gated feed-forward that goes on from a plain one, see ``swiglu``.
         others: as in torch.
     """
 
@@ -48,6 +49,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         alibi: bool = False,
         gated: bool = False,
         keep_hidden: bool = False,
+        beta: float = 1.0,
     ) -> None:
         super().__init__(
             d_model,
@@ -62,7 +64,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             device,
             dtype,
         )
-        modernize_layer(self, rotary=rotary, alibi=alibi, gated=gated, keep_hidden=keep_hidden)
+        modernize_layer(self, rotary=rotary, alibi=alibi, gated=gated, keep_hidden=keep_hidden, beta=beta)
         self.modern = rotary or alibi or gated
 
     def forward(

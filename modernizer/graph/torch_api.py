@@ -19,6 +19,7 @@ MODULE_OPS = {
     "MultiheadAttention": "mha", "TransformerEncoderLayer": "torch_encoder_layer",
     "TransformerDecoderLayer": "torch_decoder_layer", "TransformerEncoder": "torch_encoder",
     "TransformerDecoder": "torch_decoder", "Transformer": "torch_transformer", "GatedSiLU": "swiglu",
+    "Gated": "swiglu",
     "RotaryEmbedding": "rotary", "ALiBi": "alibi", "PrismAdapter": "linear",
 }  # fmt: skip
 
@@ -102,6 +103,7 @@ FUNCTION_PACKAGES = ("torch.nn.functional.", "torch.special.", "torch.linalg.", 
 OWN_FUNCTIONS = {
     "modernizer.components.masked_attention": "scaled_dot_product_attention",
     "modernizer.components.masked_attention.masked_attention": "scaled_dot_product_attention",
+    "modernizer.components.gated": "swiglu",
 }
 
 RANDOM_WEIGHT_FILLERS = "torch.nn.init."

@@ -9,6 +9,7 @@ from modernizer.graph.query import IDENTITY
 from modernizer.graph.values import Const, External, Node, Value
 
 SAMPLES = (-4.0, -2.5, -1.0, -0.3, 0.0, 0.2, 0.9, 1.7, 3.1)
+PRECISE = 1e-9
 TOLERANCE = 1e-3  # the published approximations of GELU's constants have four digits
 
 
@@ -117,9 +118,10 @@ def name_of(value: Value, leaf: Value, choice: Mapping[int, int]) -> str:
         found = [evaluate(value, {id(leaf): x}, choice) for x in SAMPLES]
     except Unknown:
         return "other"
-    for name, function in KNOWN.items():
-        if _close(found, [function(x) for x in SAMPLES]):
-            return name
+    for tolerance in (PRECISE, TOLERANCE):  # the two forms of GELU are nearer to each other than some write either
+        for name, function in KNOWN.items():
+            if _close(found, [function(x) for x in SAMPLES], tolerance):
+                return name
     slope = -found[2]  # at -1
     if _close(found, [found[6] / SAMPLES[6] * x for x in SAMPLES]):
         return "linear"
@@ -136,5 +138,5 @@ def is_gate(value: Value, gate: Value, content: Value, choice: Mapping[int, int]
     return any(once) and _close(twice, [2 * v for v in once]) and not any(none)
 
 
-def _close(found: Sequence[float], wanted: Sequence[float]) -> bool:
-    return all(abs(a - b) <= TOLERANCE * max(1.0, abs(b)) for a, b in zip(found, wanted, strict=True))
+def _close(found: Sequence[float], wanted: Sequence[float], tolerance: float = TOLERANCE) -> bool:
+    return all(abs(a - b) <= tolerance * max(1.0, abs(b)) for a, b in zip(found, wanted, strict=True))

@@ -171,6 +171,23 @@ def _sizes(weight: Node) -> list[Value]:
     return list(sizes[0].items if len(sizes) == 1 and isinstance(sizes[0], Many) else sizes)
 
 
+def own_parameters(projection: Projection) -> tuple[str, str, int] | None:
+    """The names of weight and bias of a projection of the `own` kind, and the weight's axis of outputs.
+
+    None for one of torch's, and where they are no attributes of the module or there is no bias.
+    """
+    module, result = projection.module, strip_views(projection.value)
+    product = _without_bias(result, module) if projection.kind == "own" else None
+    if product is None or not isinstance(result, Node) or result.op not in ("add", "addmm"):
+        return None
+    _, weight, is_transposed = product
+    names = {id(value): name for name, value in module.attributes.items()}
+    bias = next((a for a in result.args if a is not weight and _is_weight(a, module)), None)
+    if id(weight) not in names or bias is None:
+        return None
+    return names[id(weight)], names[id(bias)], 0 if is_transposed else 1
+
+
 def torch_layer_of(module: Module) -> Module | None:
     """The torch transformer layer of which a module is a part that torch's constructor made."""
     owner = module.owner

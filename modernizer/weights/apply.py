@@ -1,4 +1,4 @@
-"""Carries tensors over by a weight map: those it speaks of are joined and cut, all others are handed on as they are."""
+"""Carries tensors over by a weight map: they are joined, cut, filled up and scaled, others handed on."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Carried:
 def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Carried:
     """The state dict of the rewritten model from that of the old one.
 
-    Values stay bit for bit: they are only joined and cut. What is no tensor stays where it is; tensors that share
-    memory in the old state (tied weights) do in the new one. `like` is a state dict such as shall come out, of a model
-    of the same sizes: it tells how long the parts of a tensor are that is cut, where the map does not.
+    Values stay bit for bit where they are joined, cut and filled up; only `Scale` multiplies. What is no tensor stays
+    where it is; tensors that share memory in the old state (tied weights) do in the new one. `like` is a state dict
+    such as shall come out, of a model of the same sizes: it tells how long the parts of a tensor are that is cut, where
+    the map does not.
 
     Raises:
         MapError: the map does not fit; the tensor is named.
@@ -67,11 +68,16 @@ def _wanted(weights: WeightMap, last: Mapping[str, Shape]) -> list[Mapping[str, 
 
 def _moved(move: Move, state: Mapping[str, Any], done: dict[object, list[Tensor]]) -> list[Tensor]:
     parts: list[Tensor] = [state[name] for name in move.old]
-    if len(move.old) == len(move.new) == 1:
+    if len(move.old) == len(move.new) == 1 and move.fill is None and not move.factors:
         return parts
-    key = (tuple(map(_memory, parts)), move.axis, move.sizes)
+    key = (tuple(map(_memory, parts)), move.axis, move.sizes, move.fill, move.factors)
     if key not in done:
-        done[key] = [_joined(move, parts)] if len(move.new) == 1 else _cut(move, parts[0])
+        if move.factors:
+            done[key] = [_scaled(move, parts[0])]
+        elif move.fill is not None:
+            done[key] = [_filled(move, parts[0])]
+        else:
+            done[key] = [_joined(move, parts)] if len(move.new) == 1 else _cut(move, parts[0])
     return done[key]
 
 
@@ -81,6 +87,25 @@ def _joined(move: Move, parts: list[Tensor]) -> Tensor:
             raise MapError(f"{name}: is {_short(part)}, while {move.old[0]} is {_short(parts[0])}")
     with torch.no_grad():
         return torch.cat([part.detach() for part in parts], move.axis)
+
+
+def _filled(move: Move, tensor: Tensor) -> Tensor:
+    """A tensor that is twice as long, the new half filled; or half as long, where there was no more than that in it."""
+    assert move.fill is not None
+    length, (wanted,) = tensor.shape[move.axis], move.sizes
+    with torch.no_grad():
+        if wanted > length:
+            return torch.cat([tensor.detach(), torch.full_like(tensor, move.fill)], move.axis)
+        kept, rest = torch.split(tensor.detach(), wanted, move.axis)
+        if not bool((rest == move.fill).all()):
+            raise MapError(f"{move.old[0]}: its second half was trained, and the old model has no place for it")
+        return kept.clone(memory_format=torch.contiguous_format)
+
+
+def _scaled(move: Move, tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        parts = torch.chunk(tensor.detach(), len(move.factors), move.axis)
+        return torch.cat([part * factor for part, factor in zip(parts, move.factors, strict=True)], move.axis)
 
 
 def _cut(move: Move, whole: Tensor) -> list[Tensor]:

@@ -65,7 +65,77 @@ class Split:
         return Concat(self.new, self.old, self.axis, self.equal, self.optional, self.sizes)
 
 
-Step = Concat | Split
+@dataclass(frozen=True)
+class Widen:
+    """One tensor becomes twice as long along `axis`; all of the new second half is `fill`.
+
+    The first projection of a feed-forward that gets a gate: with zeros in the weight and ones in the bias, the new half
+    puts out one, and the gated layer computes what the plain one did.
+    """
+
+    old: str
+    new: str
+    axis: int = 0
+    fill: float = 0.0
+    optional: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.old,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.new,)
+
+    def inverted(self) -> Narrow:
+        return Narrow(self.new, self.old, self.axis, self.fill, self.optional)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """The way back from `Widen`: the second half goes, which must still be `fill` throughout."""
+
+    old: str
+    new: str
+    axis: int = 0
+    fill: float = 0.0
+    optional: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.old,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.new,)
+
+    def inverted(self) -> Widen:
+        return Widen(self.new, self.old, self.axis, self.fill, self.optional)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A tensor is cut along `axis` into as many equal parts as there are `factors`, each multiplied by its own."""
+
+    old: str
+    new: str
+    factors: tuple[float, ...]
+    axis: int = 0
+    optional: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.old,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.new,)
+
+    def inverted(self) -> Scale:
+        return Scale(self.new, self.old, tuple(1 / factor for factor in self.factors), self.axis, self.optional)
+
+
+Step = Concat | Split | Widen | Narrow | Scale
 
 
 @dataclass(frozen=True)
@@ -139,9 +209,15 @@ def _group_data(group: Group) -> dict[str, Any]:
     data: dict[str, Any] = {"class": group.owner, "steps": []}
     for step in group.steps:
         old, new = (list(part) if isinstance(part, tuple) else part for part in (step.old, step.new))
-        item = {"do": type(step).__name__.lower(), "old": old, "new": new, "axis": step.axis}
-        item |= {name: True for name in ("equal", "optional") if getattr(step, name)}
-        data["steps"].append(item | ({"sizes": list(step.sizes)} if step.sizes else {}))
+        item: dict[str, Any] = {"do": type(step).__name__.lower(), "old": old, "new": new, "axis": step.axis}
+        item |= {name: True for name in ("equal", "optional") if getattr(step, name, False)}
+        if isinstance(step, Widen | Narrow):
+            item["fill"] = step.fill
+        elif isinstance(step, Scale):
+            item["factors"] = list(step.factors)
+        elif step.sizes:
+            item["sizes"] = list(step.sizes)
+        data["steps"].append(item)
     return data
 
 
@@ -150,6 +226,8 @@ def _group(data: Mapping[str, Any]) -> Group:
 
 
 def _step(data: Mapping[str, Any]) -> Step:
+    if data["do"] in ("widen", "narrow", "scale"):
+        return _of_one(data)
     rest: dict[str, Any] = {
         "axis": int(data["axis"]),
         "equal": bool(data.get("equal", False)),
@@ -161,3 +239,13 @@ def _step(data: Mapping[str, Any]) -> Step:
     if data["do"] == "split" and isinstance(data["old"], str) and isinstance(data["new"], list):
         return Split(data["old"], tuple(map(str, data["new"])), **rest)
     raise ValueError(f"an unknown step, {data['do']}")
+
+
+def _of_one(data: Mapping[str, Any]) -> Step:
+    """A step that makes one tensor of one."""
+    if not isinstance(data["old"], str) or not isinstance(data["new"], str):
+        raise ValueError(f"{data['do']} takes one name and gives one")
+    names, axis, optional = (data["old"], data["new"]), int(data["axis"]), bool(data.get("optional", False))
+    if data["do"] == "scale":
+        return Scale(*names, tuple(map(float, data["factors"])), axis, optional)
+    return (Widen if data["do"] == "widen" else Narrow)(*names, axis, float(data["fill"]), optional)

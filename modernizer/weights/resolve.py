@@ -7,19 +7,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modernizer.weights.maps import Concat, Group, MapError, Split, Step
+from modernizer.weights.maps import Concat, Group, MapError, Narrow, Scale, Split, Step, Widen
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Move:
-    """One step for named tensors: `old` are joined along `axis`, or the one of them is cut into `sizes`."""
+    """One step for named tensors: `old` are joined along `axis`, or the one of them is cut into `sizes`.
+
+    With `fill` the one of them becomes as long as `sizes` says, with `factors` its parts are multiplied.
+    """
 
     old: tuple[str, ...]
     new: tuple[str, ...]
     axis: int
-    sizes: tuple[int, ...]  # along the axis, of the parts
+    sizes: tuple[int, ...]  # along the axis, of the parts; of a tensor that stays one, what it shall be
+    fill: float | None = None  # what the second half is filled with, or must be filled with to go
+    factors: tuple[float, ...] = ()  # of the equal parts of a tensor that stays one
 
 
 def resolve(
@@ -96,8 +101,23 @@ def _move(step: Step, prefix: str, shapes: Mapping[str, Shape], like: Mapping[st
         return None
     if missing:
         raise MapError(f"{missing[0]}: missing, while {next(n for n in old if n in shapes)} is there")
+    if isinstance(step, Widen | Narrow | Scale):
+        return _of_one(step, old, new, shapes[old[0]])
     sizes = _joined(step, old, shapes) if isinstance(step, Concat) else _cut(step, old, new, shapes, like)
     return Move(old, new, step.axis, sizes)
+
+
+def _of_one(step: Widen | Narrow | Scale, old: tuple[str, ...], new: tuple[str, ...], shape: Shape) -> Move:
+    if len(shape) <= step.axis:
+        raise MapError(f"{old[0]}: of shape {list(shape)}, which has no axis {step.axis}")
+    length = shape[step.axis]
+    parts = {Widen: 1, Narrow: 2}.get(type(step), len(getattr(step, "factors", ())))
+    if length % parts:
+        raise MapError(f"{old[0]}: {length} long, which {parts} equal parts cannot be")
+    if isinstance(step, Scale):
+        return Move(old, new, step.axis, (length,), factors=step.factors)
+    wanted = 2 * length if isinstance(step, Widen) else length // 2
+    return Move(old, new, step.axis, (wanted,), fill=step.fill)
 
 
 def _joined(step: Concat, old: Sequence[str], shapes: Mapping[str, Shape]) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def only(folder: Path, call: str, body: str = "pass") -> FeedForward:
         ("self.fc1(x).clamp_min(0)", "relu"),
         ("torch.maximum(self.fc1(x), torch.tensor(0.0))", "relu"),
         ("gelu(self.fc1(x))", "gelu"),
-        ("GELU()(self.fc1(x))", "gelu"),
+        ("GELU()(self.fc1(x))", "gelu (tanh)"),
         ("QuickGELU()(self.fc1(x))", "quick gelu"),
         ("F.leaky_relu(self.fc1(x), 0.3)", "leaky relu"),
         ("F.elu(self.fc1(x))", "elu"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modernizer.weights import Concat, Group, MapError, WeightMap, compose
+from modernizer.weights import Concat, Group, MapError, Narrow, Scale, Step, WeightMap, Widen, compose
 from modernizer.weights.resolve import resolve
 
 FUSED = Group(
@@ -83,3 +83,45 @@ def test_unequal_parts_are_cut_only_with_their_lengths():
         resolve((unequal.inverted(),), new)
     exact = Group("Attention", (Concat(("q.w", "v.w"), "qv.w", axis=1, equal=False, sizes=(3, 4)),))
     assert after((exact.inverted(),), new) == shapes
+
+
+ONES = Group(
+    "feed-forward",
+    (
+        Widen("fc1.weight", "fc1.weight", 1),
+        Widen("fc1.bias", "fc1.bias", fill=1.0),
+        Scale("fc2.w", "fc2.w", (4.0, 0.5)),
+    ),
+)
+
+
+def test_steps_of_one_tensor_go_to_a_file_and_back():
+    text = WeightMap.of(ONES).inverted().to_json(["swiglu"])
+    assert WeightMap.from_json(text) == WeightMap.of(ONES).inverted()
+    assert WeightMap.of(ONES).inverted().inverted() == WeightMap.of(ONES)
+
+
+def test_steps_of_one_tensor_change_its_length_alone():
+    shapes = {"a.fc1.weight": (3, 5, 1), "a.fc1.bias": (5,), "a.fc2.w": (6, 2)}
+    new = after((ONES,), shapes)
+    assert new == {"a.fc1.weight": (3, 10, 1), "a.fc1.bias": (10,), "a.fc2.w": (6, 2)}
+    assert after(WeightMap.of(ONES).inverted().stages[0], new) == shapes
+
+
+@pytest.mark.parametrize(
+    ("shape", "step", "said"),
+    [
+        ((4,), Widen("w", "w", 1), "no axis 1"),
+        ((5, 2), Narrow("w", "w"), "2 equal parts"),
+        ((5, 2), Scale("w", "w", (1.0, 2.0, 3.0)), "3 equal parts"),
+    ],
+)
+def test_a_tensor_of_the_wrong_shape_is_named(shape: tuple[int, ...], step: Step, said: str):
+    with pytest.raises(MapError, match=rf"a\.w: .*{said}"):
+        resolve((Group("A", (step,)),), {"a.w": shape})
+
+
+def test_a_step_that_takes_several_names_is_damaged():
+    text = WeightMap.of(ONES).to_json().replace('"fc1.weight"', '["fc1.weight"]')
+    with pytest.raises(MapError, match="takes one name"):
+        WeightMap.from_json(text)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from modernizer.cli import main
-from modernizer.weights import Concat, Group, MapError, WeightMap
+from modernizer.weights import Concat, Group, MapError, Scale, WeightMap, Widen
 from modernizer.weights.apply import carry
 
 PARTS = ("q", "k", "v")
@@ -298,3 +298,25 @@ def test_what_has_no_place_in_the_map_is_handed_on_unread(state: OrderedDict[str
     assert new["embed.weight"] is state["embed.weight"]
     with pytest.raises(MapError, match="no tensor here"):
         carry(FUSED, {"embed.weight": state["embed.weight"]})
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 1), st.sampled_from(["float32", "bfloat16", "float64"]))
+@settings(max_examples=25, deadline=None)
+def test_halves_are_filled_and_parts_scaled(rows: int, columns: int, axis: int, dtype: str):
+    kind = getattr(torch, dtype)
+    state = {"a.w": torch.randn(rows, columns).to(kind), "a.b": torch.randn(2 * rows).to(kind)}
+    weights = WeightMap.of(Group("A", (Widen("w", "w", axis, fill=0.5), Scale("b", "b", (8.0, 0.125)))))
+    new = carry(weights, state).state
+    wanted = torch.cat([state["a.w"], torch.full_like(state["a.w"], 0.5)], axis)
+    assert same(new["a.w"], wanted)
+    assert same(new["a.b"], torch.cat([8 * state["a.b"][:rows], state["a.b"][rows:] / 8]))
+    assert same(dict(carry(weights.inverted(), new).state), state)
+    new["a.w"] = new["a.w"].clone().fill_(0.25)
+    with pytest.raises(MapError, match="was trained"):
+        carry(weights.inverted(), new)
+
+
+def test_tied_tensors_stay_tied_when_they_are_filled():
+    tensor = torch.randn(3, 2)
+    new = carry(WeightMap.of(Group("A", (Widen("w", "w"),))), {"a.w": tensor, "b.w": tensor}).state
+    assert new["a.w"].data_ptr() == new["b.w"].data_ptr()
