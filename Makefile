@@ -7,7 +7,7 @@ TESTS ?=
 BENCH ?=
 N ?= 200
 
-.PHONY: demo test lint check bench bench-prismatic bench-prism bench-constellation fuzz clean
+.PHONY: demo test lint check bench bench-prismatic bench-prism bench-constellation bench-decode fuzz clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -36,6 +36,10 @@ bench-prism: $(READY)
 # The relay beside attention; about a minute on a GPU, three on two cores.
 bench-constellation: $(READY)
 	$(BIN)/python benchmarks/constellation.py --out build/constellation $(BENCH)
+
+# Decoding without a cache, with ours and with transformers' Llama where that is installed; about five minutes.
+bench-decode: $(READY)
+	$(BIN)/python benchmarks/decode.py --out build/decode $(BENCH)
 
 # Writes N legacy programs from the grammar in tests/grammar and applies every rule to each.
 fuzz: $(READY)
