@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plain_llama import FeedForward, Llama
+from plain_llama import Llama
 from telling import Row, machine, shown, side_by_side, table, wait
 from torch import Tensor, nn
 
-from modernizer.components import KVCache, RotaryEmbedding, grouped_attention
+from modernizer.components import FusedLinear, KVCache, RotaryEmbedding, SwiGLU, grouped_attention
 
 PROMPT = 16
 SIZES = {
@@ -38,18 +38,15 @@ Step = Callable[[Tensor], Tensor]  # new tokens [batch, time] -> logits of the l
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.head_dim = width // heads
-        self.q_proj = nn.Linear(width, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * self.head_dim, bias=False)
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        parts = ((heads + kv_heads) * self.head_dim, kv_heads * self.head_dim)
+        self.qkv_proj = FusedLinear(width, parts, bias=False)  # queries and keys, which are rotated alike; values
         self.o_proj = nn.Linear(heads * self.head_dim, width, bias=False)
         self.rotary = RotaryEmbedding(self.head_dim)
 
     def forward(self, x: Tensor, cache: KVCache) -> Tensor:
-        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projections)
-        past = cache.length_of(self)
-        q, k = self.rotary(q, offset=past), self.rotary(k, offset=past)
+        turned, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv_proj(x))
+        q, k = self.rotary(turned, offset=cache.length_of(self)).split([self.heads, self.kv_heads], dim=1)
         k, v = cache.update(k, v, self)
         out: Tensor = self.o_proj(grouped_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
         return out
@@ -59,7 +56,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
         super().__init__()
         self.self_attn = Attention(width, heads, kv_heads)
-        self.mlp = FeedForward(width, hidden)
+        self.mlp = SwiGLU(width, hidden, bias=False)
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(width, eps=1e-6) for _ in range(2))
 
     def forward(self, x: Tensor, cache: KVCache) -> Tensor:
@@ -82,6 +79,19 @@ class CachedLlama(nn.Module):
             x = layer(x, cache)
         logits: Tensor = self.lm_head(self.norm(x[:, -1]))
         return logits
+
+
+def fused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The plain model's weights for ours: what reads one input in one matrix."""
+    found = dict(weights)
+    for name in weights:
+        for first, others, whole in (("q_proj", ("k_proj", "v_proj"), "qkv_proj"), ("gate_proj", ("up_proj",), "w_in")):
+            if first in name:
+                parts = [found.pop(name.replace(first, part)) for part in (first, *others)]
+                found[name.replace(first, whole)] = torch.cat(parts)
+        if "down_proj" in name:
+            found[name.replace("down_proj", "w_out")] = found.pop(name)
+    return found
 
 
 # -- ways to decode
@@ -196,7 +206,7 @@ class Bench:
             if "norm" not in name:
                 nn.init.normal_(parameter, std=0.05)
         ours = CachedLlama(**sizes).eval()
-        ours.load_state_dict(plain.state_dict())
+        ours.load_state_dict(fused(plain.state_dict()))
         self.plain, self.ours = self._placed(plain), self._placed(ours)
         self.theirs: Theirs | None = None
         if importlib.util.find_spec("transformers") is not None:

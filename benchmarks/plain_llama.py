@@ -26,7 +26,7 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.size(2), device=x.device).float()
         angles = torch.outer(places, self.rates)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

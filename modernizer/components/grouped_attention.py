@@ -110,7 +110,7 @@ def _attend(
     groups = heads // kv_heads
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
-    if groups > 1 and queries <= _FEW_QUERIES and not is_causal:
+    if groups > 1 and queries <= _FEW_QUERIES and not is_causal and _keeps_busy(key):
         if mask is not None:
             mask = _folded(mask, heads, groups, queries, keys)
         folded = query.reshape(*query.shape[:-3], kv_heads, groups * queries, query.shape[-1])
@@ -124,6 +124,13 @@ def _attend(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
     )
+
+
+def _keeps_busy(key: Tensor) -> bool:
+    """Whether the heads of keys alone are work for every core: on a CPU each head is one core's."""
+    if key.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return key.shape[:-2].numel() >= torch.get_num_threads()
 
 
 def _folded(mask: Tensor, heads: int, groups: int, queries: int, keys: int) -> Tensor:
