@@ -22,7 +22,7 @@ from modernizer.syntax import every_node, walk
 
 LAYERS = ("torch.nn.TransformerEncoderLayer", "torch.nn.TransformerDecoderLayer")
 STACK = "torch.nn.Transformer"
-OURS = frozenset({"rotary", "alibi", "gated", "keep_hidden", "beta"})  # keywords that only our classes take
+OURS = frozenset({"rotary", "alibi", "gated", "keep_hidden", "beta", "rms_norm"})  # keywords that only our classes take
 PARTS = ("linear1", "linear2", "activation")
 
 

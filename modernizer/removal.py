@@ -282,6 +282,8 @@ class Removal:
     def _try(self, entity: Entity) -> None:
         """Drops the statements that make an entity, if nothing that stays reads it."""
         before = self._changes
+        if isinstance(entity, Local) and self._is_written(entity.name):
+            return
         serving = self._serving({entity})
         if serving is None:
             return
@@ -290,6 +292,13 @@ class Removal:
         if isinstance(entity, Attribute) and self._changes > before:
             self.gone_attributes.append(entity)
             self._drop_mentions(entity.name)
+
+    def _is_written(self, name: str, path: Path | None = None) -> bool:
+        """Whether what is put in the place of an expression names this, in any file or in one."""
+        word = re.compile(rf"\b{re.escape(name)}\b")
+        return any(
+            word.search(code) and (path is None or self.path(node) == path) for node, (code, _) in self.replaced.items()
+        )
 
     def _serving(self, entities: set[Entity], depth: int = 0) -> list[ast.stmt] | None:
         """The outermost statements that only make these entities; None where one of them is read elsewhere."""
@@ -555,6 +564,8 @@ class Removal:
     def _is_read(self, path: Path, name: str, definition: ast.stmt) -> bool:
         """Whether anything that stays names a global of a file: in the file, or by importing it from there."""
         if path.name == "__init__.py" and not isinstance(definition, ast.ClassDef | ast.FunctionDef):
+            return True
+        if self._is_written(name, path):
             return True
         named = mentions(self._trees[path])
         if any(not self.is_gone(n) and not self._inside(n, definition) for n in named.loads.get(name, ())):

@@ -21,12 +21,15 @@ def modernize_layer(
     gated: bool,
     keep_hidden: bool,
     beta: float,
+    rms_norm: bool,
 ) -> None:
-    """Give a layer of torch's, just built, relative positions in its self-attention and a gated feed-forward."""
+    """Give a layer of torch's, just built, relative positions in its self-attention, a gated feed-forward, RMSNorm."""
     if rotary or alibi:
         layer.self_attn = MultiheadAttention.from_torch(layer.self_attn, rotary=rotary, alibi=alibi)
     if gated:
         _gate_feed_forward(layer, keep_hidden, beta)
+    if rms_norm:
+        _norm_by_size(layer)
 
 
 def _gate_feed_forward(
@@ -41,3 +44,14 @@ def _gate_feed_forward(
     # An activation that was a module must go first, or it could not be replaced by a function.
     del layer.activation
     layer.activation = swiglu if beta == 1.0 else partial(swiglu, beta=beta)
+
+
+def _norm_by_size(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
+    for name, old in list(layer.named_children()):
+        if isinstance(old, nn.LayerNorm):
+            like: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+            setattr(layer, name, nn.RMSNorm(old.normalized_shape, eps=old.eps, **like))
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        # A stack that would pack padded sequences reads the biases of its layers' norms; it does not for activations
+        # that its kernel has no form of.
+        layer.activation_relu_or_gelu = 0

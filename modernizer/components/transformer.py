@@ -1,4 +1,4 @@
-"""torch's encoder-decoder transformer with relative positions and gated feed-forwards."""
+"""torch's encoder-decoder transformer with relative positions, gated feed-forwards and RMSNorm."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ __all__ = ["Transformer"]
 
 
 class Transformer(nn.Transformer):
-    """``torch.nn.Transformer``, with rotary positions, ALiBi or SwiGLU in all its layers on request.
+    """``torch.nn.Transformer``, with rotary positions, ALiBi, SwiGLU or RMSNorm in all its layers on request.
 
     Constructor, forward, masks (True blocks), final norms and parameter names are torch's. A custom encoder or decoder
     is taken as it is.
 
     Args:
-        rotary, alibi, gated, keep_hidden, beta: as in ``TransformerEncoderLayer`` and ``TransformerDecoderLayer``.
+        rotary, alibi, gated, keep_hidden, beta, rms_norm: as in ``TransformerEncoderLayer`` and
+            ``TransformerDecoderLayer``.
         others: as in torch.
     """
 
@@ -48,6 +49,7 @@ class Transformer(nn.Transformer):
         gated: bool = False,
         keep_hidden: bool = False,
         beta: float = 1.0,
+        rms_norm: bool = False,
     ) -> None:
         like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         layer: dict[str, Any] = {
@@ -62,16 +64,23 @@ class Transformer(nn.Transformer):
             "gated": gated,
             "keep_hidden": keep_hidden,
             "beta": beta,
+            "rms_norm": rms_norm,
             **like,
         }
         if custom_encoder is None:
             encoder_layer = TransformerEncoderLayer(d_model, nhead, **layer)
-            encoder_norm = nn.LayerNorm(d_model, eps=layer_norm_eps, **like)
+            encoder_norm = _norm(d_model, layer_norm_eps, rms_norm, like)
             custom_encoder = nn.TransformerEncoder(encoder_layer, num_encoder_layers, encoder_norm)
         if custom_decoder is None:
             decoder_layer = TransformerDecoderLayer(d_model, nhead, **layer)
-            decoder_norm = nn.LayerNorm(d_model, eps=layer_norm_eps, **like)
+            decoder_norm = _norm(d_model, layer_norm_eps, rms_norm, like)
             custom_decoder = nn.TransformerDecoder(decoder_layer, num_decoder_layers, decoder_norm)
         super().__init__(
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
+
+
+def _norm(d_model: int, eps: float, rms_norm: bool, like: dict[str, Any]) -> nn.Module:
+    if rms_norm:
+        return nn.RMSNorm(d_model, eps=eps, **{name: like[name] for name in ("device", "dtype")})
+    return nn.LayerNorm(d_model, eps=eps, **like)

@@ -1,4 +1,4 @@
-"""torch's decoder layer with relative positions and a gated feed-forward."""
+"""torch's decoder layer with relative positions, a gated feed-forward and RMSNorm."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["TransformerDecoderLayer"]
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
-    """``torch.nn.TransformerDecoderLayer``, with rotary positions, ALiBi or SwiGLU on request.
+    """``torch.nn.TransformerDecoderLayer``, with rotary positions, ALiBi, SwiGLU or RMSNorm on request.
 
     Constructor, forward, masks (True blocks) and parameter names are torch's, and so is the module when nothing is
-    asked for. A state dict of torch's layer loads unless ``gated``. It serves as the template of an
+    asked for. A state dict of torch's layer loads unless ``gated`` or ``rms_norm``. It serves as the template of an
     ``nn.TransformerDecoder``. Attention to the memory stays as it is: the two sequences share no positions.
 
     Args:
@@ -26,6 +26,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         keep_hidden: a gated feed-forward keeps ``dim_feedforward`` as its width, at half as many parameters again,
             instead of ``swiglu_hidden(dim_feedforward)``.
         beta: of a gated feed-forward that goes on from a plain one, see ``swiglu``.
+        rms_norm: ``nn.RMSNorm`` in the place of each norm, of the same eps.
         others: as in torch.
     """
 
@@ -48,6 +49,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         gated: bool = False,
         keep_hidden: bool = False,
         beta: float = 1.0,
+        rms_norm: bool = False,
     ) -> None:
         super().__init__(
             d_model,
@@ -62,4 +64,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             device,
             dtype,
         )
-        modernize_layer(self, rotary=rotary, alibi=alibi, gated=gated, keep_hidden=keep_hidden, beta=beta)
+        modernize_layer(
+            self,
+            rotary=rotary,
+            alibi=alibi,
+            gated=gated,
+            keep_hidden=keep_hidden,
+            beta=beta,
+            rms_norm=rms_norm,
+        )

@@ -1,4 +1,4 @@
-"""torch's encoder layer with relative positions and a gated feed-forward."""
+"""torch's encoder layer with relative positions, a gated feed-forward and RMSNorm."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["TransformerEncoderLayer"]
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """``torch.nn.TransformerEncoderLayer``, with rotary positions, ALiBi or SwiGLU on request.
+    """``torch.nn.TransformerEncoderLayer``, with rotary positions, ALiBi, SwiGLU or RMSNorm on request.
 
     Constructor, forward, masks (True blocks) and parameter names are torch's, and so is the module when nothing is
-    asked for. A state dict of torch's layer loads unless ``gated``. It serves as the template of an
+    asked for. A state dict of torch's layer loads unless ``gated`` or ``rms_norm``. It serves as the template of an
     ``nn.TransformerEncoder``. torch's fused kernel, which knows only the plain layer, is never used for another.
 
     Args:
@@ -28,6 +28,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         keep_hidden: a gated feed-forward keeps ``dim_feedforward`` as its width, at half as many parameters again,
             instead of ``swiglu_hidden(dim_feedforward)``.
         beta: of a gated feed-forward that goes on from a plain one, see ``swiglu``.
+        rms_norm: ``nn.RMSNorm`` in the place of each norm, of the same eps.
         others: as in torch.
     """
 
@@ -50,6 +51,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         gated: bool = False,
         keep_hidden: bool = False,
         beta: float = 1.0,
+        rms_norm: bool = False,
     ) -> None:
         super().__init__(
             d_model,
@@ -64,8 +66,16 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             device,
             dtype,
         )
-        modernize_layer(self, rotary=rotary, alibi=alibi, gated=gated, keep_hidden=keep_hidden, beta=beta)
-        self.modern = rotary or alibi or gated
+        modernize_layer(
+            self,
+            rotary=rotary,
+            alibi=alibi,
+            gated=gated,
+            keep_hidden=keep_hidden,
+            beta=beta,
+            rms_norm=rms_norm,
+        )
+        self.modern = rotary or alibi or gated or rms_norm
 
     def forward(
         self,

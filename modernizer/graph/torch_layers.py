@@ -31,7 +31,10 @@ PARTS = {"TransformerEncoderLayer": ENCODER_LAYER, "TransformerDecoderLayer": DE
 
 def add_parts(m: Machine, frame: Frame, made: Module, short: str) -> None:
     """Gives an instance of torch's transformer classes the sub-modules that torch's constructor makes."""
-    for name, (kind, arguments) in PARTS.get(short, {}).items():
+    by_size = made.args.get("rms_norm", Const(False))
+    for name, (torchs, arguments) in PARTS.get(short, {}).items():
+        is_rms = torchs == "LayerNorm" and isinstance(by_size, Const) and bool(by_size.value)
+        kind = "RMSNorm" if is_rms else torchs
         args = {ours: made.args[theirs] for ours, theirs in arguments.items() if theirs in made.args}
         part = Module(None, {}, made.call, frame, torch_name=f"torch.nn.{kind}", args=args)
         m.set_attribute(made, name, part)

@@ -1,0 +1,396 @@
+"""Programs with layer norms in the styles met in the wild, for the tests of `rmsnorm`.
+
+Each defines `Net` and `run(net)`. `OWN` names the classes that write the formula out: class -> (weight, bias, eps).
+"""
+
+from __future__ import annotations
+
+HEAD = """
+import copy
+import math
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from functools import partial
+
+OWN = {}
+"""
+
+ATTENTION = """
+class Attention(nn.Module):
+    def __init__(self, dim, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, t, c = x.shape
+        q, k, v = (p.view(b, t, self.heads, c // self.heads).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1))
+        scores = q @ k.transpose(-2, -1) / math.sqrt(c // self.heads)
+        scores = scores.masked_fill(torch.ones(t, t).tril() == 0, float("-inf"))
+        y = scores.softmax(dim=-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, t, c))
+"""
+
+BLOCK = """
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1 = NORM1
+        self.attention = Attention(dim)
+        self.norm2 = NORM2
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+"""
+
+NET = """
+class Net(nn.Module):
+    def __init__(self, dim=8):
+        super().__init__()
+        self.embedding = nn.Embedding(11, dim)
+        self.layers = nn.ModuleList([Block(dim) for _ in range(2)])
+        self.final = NORM3
+        self.head = nn.Linear(dim, 11)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.final(x))
+
+
+def run(net):
+    return net(torch.arange(12).view(2, 6) % 11)
+"""
+
+
+def own(norm1: str, norm2: str = "", norm3: str = "", more: str = "", block: str = BLOCK, net: str = NET) -> str:
+    """A small language model whose norms are made by these expressions."""
+    text = HEAD + more + ATTENTION + block + net
+    return text.replace("NORM1", norm1).replace("NORM2", norm2 or norm1).replace("NORM3", norm3 or norm2 or norm1)
+
+
+STD = """
+class Normalisation(nn.Module):
+    def __init__(self, features, eps=1e-6):
+        super().__init__()
+        self.a_2 = nn.Parameter(torch.ones(features))
+        self.b_2 = nn.Parameter(torch.zeros(features))
+        self.eps = eps
+
+    def forward(self, x):
+        mean = x.mean(-1, keepdim=True)
+        std = x.std(-1, keepdim=True)
+        return self.a_2 * (x - mean) / (std + self.eps) + self.b_2
+
+
+OWN["Normalisation"] = ("a_2", "b_2", "eps")
+"""
+
+VARIANCE = """
+class Settings:
+    width = 8
+
+
+class Norm(nn.Module):
+    \"\"\"As in the paper.\"\"\"
+
+    def __init__(self, settings, variance_epsilon=1e-12):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(settings.width))
+        self.beta = nn.Parameter(torch.zeros(settings.width))
+        self.variance_epsilon = variance_epsilon
+
+    def forward(self, x):
+        u = x.mean(-1, keepdim=True)
+        s = (x - u).pow(2).mean(-1, keepdim=True)
+        x = (x - u) / torch.sqrt(s + self.variance_epsilon)
+        return self.gamma * x + self.beta
+
+
+OWN["Norm"] = ("gamma", "beta", "variance_epsilon")
+"""
+
+OPTIONAL = """
+class LayerNorm(nn.Module):
+    def __init__(self, size, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, inputs):
+        return F.layer_norm(inputs, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+OWN["LayerNorm"] = ("weight", "bias", 1e-5)
+"""
+
+RSQRT = """
+class Scaled(nn.Module):
+    def __init__(self, dim, eps=1e-3):
+        super().__init__()
+        self.eps = eps
+        self.g = nn.Parameter(torch.empty(dim))
+        self.b = nn.Parameter(torch.empty(dim))
+        self.reset()
+
+    def reset(self):
+        nn.init.ones_(self.g)
+        nn.init.zeros_(self.b)
+
+    def forward(self, x):
+        mean = x.mean(dim=-1, keepdim=True)
+        var = x.var(dim=-1, unbiased=False, keepdim=True)
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.g + self.b
+
+
+OWN["Scaled"] = ("g", "b", "eps")
+"""
+
+WRAPPED = """
+class Wide(nn.LayerNorm):
+    def forward(self, x):
+        kind = x.dtype
+        y = super().forward(x.to(self.weight.dtype))
+        return y.to(kind)
+"""
+
+WRAPPED_WITH_CONSTRUCTOR = """
+class Wide(nn.LayerNorm):
+    def __init__(self, size, eps=1e-6):
+        super().__init__(size, eps)
+"""
+
+HANDED_BLOCK = BLOCK.replace("def __init__(self, dim):", "def __init__(self, dim, norm_layer=nn.LayerNorm):")
+HANDED_NET = NET.replace("def __init__(self, dim=8):", "def __init__(self, dim=8, norm_layer=None):").replace(
+    "        self.embedding",
+    "        norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)\n        self.embedding",
+)
+GIVEN_NET = HANDED_NET.replace("Block(dim)", "Block(dim, norm_layer=norm_layer)")
+
+INITIALISED = NET.replace(
+    "        self.head = nn.Linear(dim, 11)\n",
+    """        self.head = nn.Linear(dim, 11)
+        self.apply(self.fill)
+
+    def fill(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.zeros_(module.bias)
+            nn.init.ones_(module.weight)
+
+    def groups(self):
+        decay, rest = set(), set()
+        plain = (nn.LayerNorm, nn.Embedding)
+        for name, module in self.named_modules():
+            for part, _ in module.named_parameters(recurse=False):
+                whole = f"{name}.{part}"
+                if part == "bias":
+                    rest.add(whole)
+                elif isinstance(module, nn.Linear):
+                    decay.add(whole)
+                elif isinstance(module, plain):
+                    rest.add(whole)
+        assert decay | rest == {name for name, _ in self.named_parameters()}
+        return decay, rest
+""",
+)
+
+STRICT = (
+    INITIALISED.replace(
+        "            nn.init.ones_(module.weight)\n",
+        "            nn.init.ones_(module.weight)\n"
+        "        elif not isinstance(module, (nn.Embedding, nn.ModuleList, nn.Sequential, nn.GELU, Attention, Block, Net)):\n"
+        "            raise TypeError(type(module))\n",
+    )
+    .replace("elif not isinstance(module, (nn.Emb", "elif isinstance(module, (nn.Emb")
+    .replace("            raise TypeError", "            pass\n        else:\n            raise TypeError")
+)
+ALIKE = INITIALISED.replace(
+    "            nn.init.zeros_(module.bias)\n            nn.init.ones_(module.weight)",
+    "            for part in (module.weight, module.bias):\n                nn.init.ones_(part)",
+)
+UNEVEN = INITIALISED.replace("nn.init.ones_(module.weight)", "nn.init.normal_(module.weight, 1.0, 0.02)")
+
+DENIED = INITIALISED.replace(
+    """        elif isinstance(module, nn.LayerNorm):
+            nn.init.zeros_(module.bias)
+            nn.init.ones_(module.weight)
+""",
+    """        if not isinstance(module, (nn.Embedding, nn.LayerNorm)) and hasattr(module, "weight"):
+            module.bias.data.zero_()
+""",
+)
+
+POST = BLOCK.replace("x = x + self.attention(self.norm1(x))", "x = self.norm1(x + self.attention(x))").replace(
+    "return x + self.mlp(self.norm2(x))", "return self.norm2(x + self.mlp(x))"
+)
+
+CALLED = (
+    BLOCK.replace("        self.norm1 = NORM1\n", "        self.dim = dim\n")
+    .replace("self.norm1(x)", "F.layer_norm(x, (self.dim,))")
+    .replace("        self.norm2 = NORM2\n", "")
+    .replace("self.norm2(x)", "F.layer_norm(x, (x.size(-1),), None, None, 1e-6)")
+)
+
+FILLED = BLOCK.replace(
+    "        self.attention", "        nn.init.constant_(self.norm1.bias, 0)\n        self.attention"
+)
+
+FORMS = {
+    "by name": own("nn.LayerNorm(dim)", "nn.LayerNorm(dim, 1e-6)", "nn.LayerNorm(dim, eps=1e-3)"),
+    "post-norm": own("nn.LayerNorm(dim)", block=POST),
+    "imported by name": own("LayerNorm(dim)", more="from torch.nn import LayerNorm\n"),
+    "every argument": own(
+        "nn.LayerNorm([dim], 1e-6, True, False)", "nn.LayerNorm(normalized_shape=dim, bias=True)",
+        "nn.LayerNorm(dim, elementwise_affine=False)",
+    ),
+    "in lists": own(
+        "nn.ModuleDict({'norm': nn.LayerNorm(dim)})", "nn.Sequential(nn.LayerNorm(dim), nn.Dropout(0.0))",
+        "copy.deepcopy(self.layers[0].norm2)", block=BLOCK.replace("self.norm1(x)", "self.norm1['norm'](x)"),
+    ),
+    "handed in, and made with a default": own(
+        "norm_layer(dim)", block=HANDED_BLOCK, net=HANDED_NET
+    ),
+    "handed in all the way": own("norm_layer(dim)", block=HANDED_BLOCK, net=GIVEN_NET),
+    "a class made from torch's": own("Wide(dim)", more=WRAPPED),
+    "a class made from torch's with a constructor": own("Wide(dim)", more=WRAPPED_WITH_CONSTRUCTOR),
+    "initialised and grouped by class": own("nn.LayerNorm(dim)", net=INITIALISED),
+    "an initialiser that refuses what it does not know": own("nn.LayerNorm(dim)", net=STRICT),
+    "an initialiser of its own": own("nn.LayerNorm(dim)", net=UNEVEN),
+    "an initialiser that asks for anything else": own("nn.LayerNorm(dim)", net=DENIED),
+    "its bias filled by hand": own("nn.LayerNorm(dim)", block=FILLED),
+    "a function": own("", norm3="nn.Identity()", block=CALLED),
+}  # fmt: skip
+
+WRITTEN_OUT = {
+    "the deviation, unbiased": own("Normalisation(dim)", more=STD),
+    "the variance, of a configuration": own("Norm(Settings)", more=VARIANCE),
+    "with a bias on request": own("LayerNorm(dim, bias=True)", "LayerNorm(dim, bias=False)", more=OPTIONAL),
+    "one over the root": own("Scaled(dim)", "Scaled(dim, eps=1e-5)", more=RSQRT),
+}
+
+CHANNELS = """
+class Channels(nn.Module):
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.g = nn.Parameter(torch.ones(dim, 1))
+        self.b = nn.Parameter(torch.zeros(dim, 1))
+
+    def forward(self, x):
+        var = torch.var(x, dim=1, unbiased=False, keepdim=True)
+        mean = torch.mean(x, dim=1, keepdim=True)
+        return (x - mean) / (var + self.eps).sqrt() * self.g + self.b
+"""
+
+CONDITIONED = STD.replace("def forward(self, x):", "def forward(self, x, level=0.5):").replace(
+    "return self.a_2 *", "return (1 + level * self.a_2) *"
+)
+
+HALVED = STD.replace("nn.Parameter(torch.ones(features))", "nn.Parameter(0.5 * torch.ones(features))")
+TWICE = STD.replace("return self.a_2", "return 2.0 * self.a_2")
+
+READ = (
+    NET
+    + """
+
+def penalty(net):
+    return net.final.bias.abs().sum()
+"""
+)
+
+LOADED = (
+    NET
+    + """
+
+def load(net, arrays):
+    for layer, array in zip(net.layers, arrays):
+        layer.norm1.weight.data.copy_(array["scale"])
+        layer.norm1.bias.data.copy_(array["bias"])
+"""
+)
+
+FROM_TENSORFLOW = (
+    NET
+    + """
+
+def load(net, arrays):
+    for name, array in arrays.items():
+        pointer = net
+        for part in name.split("/"):
+            if part == "gamma":
+                pointer = getattr(pointer, "weight")
+            elif part == "beta":
+                pointer = getattr(pointer, "bias")
+            else:
+                pointer = getattr(pointer, part)
+        pointer.data.copy_(array)
+"""
+)
+
+REFUSED = {
+    "its bias is read": own("nn.LayerNorm(dim)", net=READ, norm2="nn.Identity()", norm3="nn.LayerNorm(dim)").replace(
+        "self.norm1 = nn.LayerNorm(dim)", "self.norm1 = nn.Identity()"
+    ),
+    "a loader by names": own("nn.LayerNorm(dim)", "nn.Identity()", net=LOADED),
+    "a loader of gamma and beta": own("nn.LayerNorm(dim)", net=FROM_TENSORFLOW),
+    "an initialiser that treats both alike": own("nn.LayerNorm(dim)", net=ALIKE),
+    "over another axis": own(
+        "Channels(dim)", "nn.Identity()", more=CHANNELS,
+        block=BLOCK.replace("self.norm1(x)", "self.norm1(x.transpose(1, 2)).transpose(1, 2)"),
+    ),
+    "conditioned": own("Normalisation(dim)", "nn.Identity()", more=CONDITIONED),
+    "another start": own("Normalisation(dim)", more=HALVED),
+    "another factor": own("Normalisation(dim)", more=TWICE),
+    "a table": own(
+        "NORMS[kind](dim)", "nn.Identity()", more="NORMS = {'layer': nn.LayerNorm, 'none': nn.Identity}\n",
+        block=BLOCK.replace("def __init__(self, dim):", "def __init__(self, dim, kind='layer'):"),
+    ),
+    "arguments that are not written out": own("nn.LayerNorm(*sizes)", "nn.Identity()", block=BLOCK.replace(
+        "super().__init__()", "super().__init__()\n        sizes = [dim]"
+    )),
+    "a function with a bias": own("", "nn.Identity()", block=BLOCK.replace(
+        "        self.norm1 = NORM1\n",
+        "        self.g = nn.Parameter(torch.ones(dim))\n        self.b = nn.Parameter(torch.zeros(dim))\n",
+    ).replace("self.norm1(x)", "F.layer_norm(x, (x.size(-1),), self.g, self.b)")),
+}  # fmt: skip
+
+CONVOLUTIONS = """
+import torch
+import torch.nn as nn
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.down(nn.functional.gelu(self.up(y))).permute(0, 3, 1, 2)
+"""
+
+RECURRENT = """
+import torch.nn as nn
+
+
+class Net(nn.Module):
+    def __init__(self, dim=8):
+        super().__init__()
+        self.cells = nn.LSTM(dim, dim, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.norm(x + self.cells(x)[0])
+"""
+
+UNTOUCHED = {"convolutions": CONVOLUTIONS, "recurrent": RECURRENT}
