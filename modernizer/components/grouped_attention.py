@@ -24,8 +24,8 @@ def grouped_attention(
 ) -> Tensor:
     """``softmax(q @ k.T * scale + mask) @ v`` with query head ``h`` on key head ``h // (heads / kv_heads)``.
 
-    Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models". Keys and values are never
-    repeated where queries are few, as in decoding: the query heads that share a key head become further queries of it.
+    Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models". Keys and values are not
+    repeated: where queries are few, as in decoding, the query heads that share a key head become further queries of it.
     That changes no number beyond rounding.
 
     The queries are the last of the key positions, so a cache needs no mask. A window makes the cost linear in time.
@@ -110,7 +110,7 @@ def _attend(
     groups = heads // kv_heads
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
-    if groups > 1 and queries <= _FEW_QUERIES and not is_causal and _keeps_busy(key):
+    if groups > 1 and queries <= _FEW_QUERIES and not is_causal and _pays(key, mask):
         if mask is not None:
             mask = _folded(mask, heads, groups, queries, keys)
         folded = query.reshape(*query.shape[:-3], kv_heads, groups * queries, query.shape[-1])
@@ -118,19 +118,17 @@ def _attend(
         return out.reshape(*query.shape[:-1], value.shape[-1])
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], queries, keys)
-    if groups > 1 and mask is not None and query.is_cuda:  # with a mask, no fused kernel shares key heads itself
-        key, value = (tensor.repeat_interleave(groups, dim=-3) for tensor in (key, value))
-        groups = 1
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
     )
 
 
-def _keeps_busy(key: Tensor) -> bool:
-    """Whether the heads of keys alone are work for every core: on a CPU each head is one core's."""
-    if key.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    return key.shape[:-2].numel() >= torch.get_num_threads()
+def _pays(key: Tensor, mask: Tensor | None) -> bool:
+    """Whether folding is faster than torch's sharing of keys. On a CPU each head is the work of one core, and the heads
+    of keys alone must keep all busy; on a GPU it is not where a mask has to be folded with it."""
+    if key.device.type != "cpu":
+        return mask is None
+    return torch.compiler.is_compiling() or key.shape[:-2].numel() >= torch.get_num_threads()
 
 
 def _folded(mask: Tensor, heads: int, groups: int, queries: int, keys: int) -> Tensor:
