@@ -320,3 +320,37 @@ def merged(a: Sequence[Axis], b: Sequence[Axis]) -> Iterator[tuple[int, Axis, Ax
     missing = free(Const(1))
     for place in range(-max(len(a), len(b)), 0):
         yield place, a[place] if -place <= len(a) else missing, b[place] if -place <= len(b) else missing
+
+
+# -- what operations share
+
+COMPARISONS = frozenset("eq ne noteq lt le gt ge lte gte".split())
+LISTS = frozenset("split chunk tensor_split unbind max min topk sort median".split())
+
+
+def without(known: Tensor, place: int, *instead: Axis) -> tuple[Axis, ...]:
+    """The axes with others instead of one."""
+    return (*known.axes[:place], *instead, *known.axes[place + 1 :])
+
+
+def size_of(axis: Axis) -> Number | Value:
+    """How long an axis is: a number that speaks of time or batch, or the value its code has for it."""
+    if axis.letter == ".":
+        return axis.size if axis.size is not None else Const(None)
+    return Number(axis.letter)
+
+
+def entry_of(value: Number | Value) -> Entry:
+    """A size as a view is given it; raises Stops where it is one more or less."""
+    if not isinstance(value, Number):
+        return Entry(sizes=(value,))
+    if value.more:
+        raise Stops("a size that is not the sequence's length, but some more or less")
+    return Entry(value.letters, value.sizes)
+
+
+def is_window(start: Value) -> bool:
+    """Whether a slice from here takes the last so many steps, however long the sequence is: `[-width:]`."""
+    if isinstance(start, Const):
+        return isinstance(start.value, int) and start.value < 0
+    return isinstance(start, Node) and start.op == "neg"

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from codemods._anchors import Code
 from codemods._kvcache_axes import FED, NEW, Axis, Tensor
 from codemods._kvcache_loops import Generation, is_below
+from codemods._kvcache_products import types as of_products
+from codemods._kvcache_sizes import types as of_sizes
+from codemods._kvcache_steps import types as of_steps
 from codemods._kvcache_time import Change, Timeline
+from codemods._kvcache_views import types as of_views
 from codemods._survey import Cannot
 from modernizer.graph.query import location
 from modernizer.graph.values import Frame, Node
 from modernizer.syntax import Loop, below, loops_around
+
+_HANDLERS = {**of_products.handlers, **of_sizes.handlers, **of_steps.handlers, **of_views.handlers}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +150,7 @@ def _rows(axes: Sequence[Axis]) -> int | None:
 def timeline(code: Code, generation: Generation, start: int, end: int, changes: Sequence[Change]) -> Timeline:
     """The types of what is made of the sequence in the loop, from a moment on up to another."""
     machine = code.graph.machine
-    line = Timeline(machine.nodes[start:end], machine.at, code.graph.activations.operands, changes)
+    line = Timeline(machine.nodes[start:end], machine.at, code.graph.activations.operands, changes, _HANDLERS)
     for value, known in generation.sequences():
         line.give(value, known)
     line.rows_move = bool(generation.picks)

@@ -6,8 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from codemods._kvcache_axes import BATCH, FED, GROWN, Axis, Number, Tensor, free
-from codemods._kvcache_time import is_window
+from codemods._kvcache_axes import BATCH, FED, GROWN, Axis, Number, Tensor, free, is_window
 from codemods._survey import Cannot
 from modernizer.graph.machine import Repeat
 from modernizer.graph.query import is_none, location, users
