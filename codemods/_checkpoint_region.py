@@ -392,9 +392,8 @@ def late_stores(model: ModelMap) -> dict[str, list[ast.Attribute]]:
     inside: dict[ast.AST, bool] = {}  # by function: whether only constructors run it
     for frame in machine.frames:
         if frame.function is not None:
-            node = frame.function.node
             made = any(f.function is not None and f.function.name == "__init__" for f in frame.outward())
-            inside[node] = inside.get(node, True) and made
+            inside[frame.function.node] = inside.get(frame.function.node, True) and made
     found: dict[str, list[ast.Attribute]] = defaultdict(list)
     for source in model.project.files():
         for node in every_node(source.tree):
