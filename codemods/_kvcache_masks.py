@@ -25,6 +25,33 @@ _FILLED = {"ones": 1.0, "zeros": 0.0, "ones_like": 1.0, "zeros_like": 0.0, "new_
 _DEPTH = 60
 
 
+def argument(node: Node, index: int, name: str) -> Value:
+    """What a call is given at a place or by a name; None is a constant."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, Const(None))
+
+
+def is_alibi_mask(value: Value) -> bool:
+    """Whether a value is `alibi.attn_mask(…)` of our component."""
+    return isinstance(value, Node) and value.op == "opaque" and value.name == "attn_mask" and any(
+        getattr(v, "torch_name", "") == "modernizer.components.ALiBi" for v in value.args[:1]
+    )  # fmt: skip
+
+
+def is_boolean(value: Value) -> bool:
+    """Whether a mask is surely of truth values."""
+    if not isinstance(value, Node):
+        return False
+    if value.op in _COMPARES or value.op in ("bool", "logical_not", "logical_and", "logical_or", "isinf", "isnan"):
+        return True
+    if value.op in ("and", "or", "invert", "tril", "triu", "merge", *IDENTITY - {"float", "to", "type"}) or (
+        value.op in ("getitem", "unsqueeze", "expand", "view", "transpose", "setitem", "reshape")
+    ):
+        parts = value.args if value.op in ("and", "or", "merge") else value.args[:1]
+        return all(is_boolean(p) for p in parts if not is_none(p))
+    kind = value.kwargs.get("dtype", value.args[1] if value.op in ("to", "type") and len(value.args) > 1 else None)
+    return getattr(kind, "dotted", "") == "torch.bool"
+
+
 def is_blocked(scores: Value) -> bool:
     """Whether scores `[..., query, key]` give no weight to any key behind the query."""
     found = future(scores)
@@ -49,6 +76,10 @@ def future(value: Value, above: bool = True, depth: int = 0) -> float | None:
     if value.op in ("full", "full_like", "new_full", "fill"):
         fill = value.args[-1] if len(value.args) > 1 else value.kwargs.get("fill_value", value.kwargs.get("value"))
         return of(fill) if isinstance(fill, Const) else None
+    if value.op == "alibi":  # never adds anything positive
+        return of(value.args[0])
+    if is_alibi_mask(value):
+        return _of_alibi(value, of) if above else None
     if value.op in ("tril", "triu"):
         return _triangle(value, above, of)
     if value.op == "merge":
@@ -218,3 +249,12 @@ def _upper_bound(part: Value | None) -> Value | None:
 def same_length(a: Value, b: Value) -> bool:
     """Whether two bounds are one: the same constant, the same size, or the size of one axis read twice."""
     return same_size(a, b) or (is_none(a) and is_none(b))
+
+
+def _of_alibi(value: Node, of: _Of) -> float | None:
+    """What a mask of ALiBi holds ahead of the query, at most: the bias itself is never positive."""
+    if is_const(argument(value, 4, "is_causal"), True):
+        return -math.inf
+    mask = argument(value, 3, "attn_mask")
+    inner = of(mask)
+    return -math.inf if inner == 0 and is_boolean(mask) else None if is_boolean(mask) else inner

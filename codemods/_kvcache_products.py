@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 
-from codemods._kvcache_axes import BATCH, COMPARISONS, FED, NEW, Axis, Known, Stops, Tensor, free, without
-from codemods._kvcache_masks import BLOCKS, future
+from codemods._kvcache_axes import BATCH, FED, NEW, Axis, Known, Stops, Tensor, free, without
+from codemods._kvcache_masks import BLOCKS, argument, future, is_alibi_mask, is_boolean
 from codemods._kvcache_time import Timeline, Types
-from modernizer.graph.query import IDENTITY, is_const, is_none
+from modernizer.graph.query import is_const, is_none
 from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Node, Value, flatten
 
@@ -35,6 +35,20 @@ def product(line: Timeline, node: Node) -> Known | None:
     made = (*tensor.axes[:-1], free()) if a is not None else (*tensor.axes[:-2], free(), tensor.axes[-1])
     extra = axes - len(made)
     return Tensor((*(free() for _ in range(max(0, extra))), *made))
+
+
+@types("outer", "ger")
+def outer(line: Timeline, node: Node) -> Known | None:
+    """Every entry of one vector by every entry of another: angles of positions by rates."""
+    made: list[Axis] = []
+    for value in node.args[:2]:
+        tensor = line.tensor(value, node)
+        if tensor is not None and len(tensor.axes) != 1:
+            raise Stops("an outer product of something that is no vector")
+        made.append(free() if tensor is None else tensor.axes[0])
+    if made[0].has_time and made[1].has_time:
+        raise Stops("a product of steps with steps that is no attention")
+    return Tensor(tuple(made))
 
 
 def _met_in_product(line: Timeline, node: Node, a: Tensor, b: Tensor) -> Tensor:
@@ -132,21 +146,35 @@ def attended(line: Timeline, node: Node) -> Known | None:
     return Tensor((*query.axes[:-1], value.axes[-1]))
 
 
+@types("opaque")
+def called(line: Timeline, node: Node) -> Known | None:
+    """The mask that ALiBi makes for attention in one call; nothing is known of what else is called."""
+    if not is_alibi_mask(node):
+        raise Stops(f"`{node.name or node.op}` is not known to treat every step by itself")
+    query, key = (line.tensor(v, node) for v in node.args[1:3])
+    if query is None or key is None or not query.axes[-2].is_time or not key.axes[-2].is_time:
+        raise Stops("a bias by distance for something that is not made of the sequence")
+    scores = (*query.axes[:-1], key.axes[-2])
+    mask = argument(node, 3, "attn_mask")
+    known = line.tensor(mask, node) if not is_none(mask) else None
+    return Tensor(scores if known is None else line.met(node, scores, mask, known.axes, node.args[0]))
+
+
 def _check_mask(line: Timeline, node: Node, scores: tuple[Axis, ...]) -> None:
     """Raises Stops where a call does not surely keep queries from later keys."""
     given = _mask_of(node)
-    causal = _argument(node, 5, "is_causal")
+    causal = argument(node, 5, "is_causal")
     if given is None and is_const(causal, True):
         if scores[-2].letter == NEW and node.node is not None:
-            line.repair.causal[node.node] = node.frame
+            line.repair.causal[node.node].append(node.frame)
         return
     if given is None or not is_const(causal, False, None):
         raise Stops("attention is not proven causal: what a step sees may be ahead of it")
     mask, blocks = given
     ahead = future(mask)
     if blocks is None:
-        is_blocked_ = ahead is not None and (ahead == 0 if _is_boolean(mask) else ahead <= BLOCKS)
-        known = _is_boolean(mask) or (ahead is not None and ahead <= BLOCKS)
+        is_blocked_ = ahead is not None and (ahead == 0 if is_boolean(mask) else ahead <= BLOCKS)
+        known = is_boolean(mask) or (ahead is not None and ahead <= BLOCKS)
     else:
         is_blocked_, known = ahead == blocks, True
     if not is_blocked_ or not known:
@@ -155,7 +183,7 @@ def _check_mask(line: Timeline, node: Node, scores: tuple[Axis, ...]) -> None:
 
 
 def _check_mask_rows(line: Timeline, node: Node, scores: tuple[Axis, ...]) -> None:
-    for mask in (_argument(node, 3, "attn_mask"), node.kwargs.get("blocked"), node.kwargs.get("bias")):
+    for mask in (argument(node, 3, "attn_mask"), node.kwargs.get("blocked"), node.kwargs.get("bias")):
         known = line.tensor(mask, node) if mask is not None and not is_none(mask) else None
         if known is not None and mask is not None:
             line.met(node, scores, mask, known.axes, node.args[0])
@@ -168,28 +196,13 @@ def _mask_of(node: Node) -> tuple[Value, float | None] | None:
         if blocked is not None and not is_none(blocked):
             return blocked, 1.0
         return (bias, None) if bias is not None and not is_none(bias) else None
-    mask = _argument(node, 3, "attn_mask")
+    mask = argument(node, 3, "attn_mask")
     return None if is_none(mask) else (mask, None)
-
-
-def _is_boolean(value: Value) -> bool:
-    """Whether a mask is surely of truth values."""
-    if not isinstance(value, Node):
-        return False
-    if value.op in COMPARISONS or value.op in ("bool", "logical_not", "logical_and", "logical_or", "isinf", "isnan"):
-        return True
-    if value.op in ("and", "or", "invert", "tril", "triu", "merge", *IDENTITY - {"float", "to", "type"}) or (
-        value.op in ("getitem", "unsqueeze", "expand", "view", "transpose", "setitem", "reshape")
-    ):
-        parts = value.args if value.op in ("and", "or", "merge") else value.args[:1]
-        return all(_is_boolean(p) for p in parts if not is_none(p))
-    kind = value.kwargs.get("dtype", value.args[1] if value.op in ("to", "type") and len(value.args) > 1 else None)
-    return getattr(kind, "dotted", "") == "torch.bool"
 
 
 def _check_dropout(line: Timeline, node: Node) -> None:
     """Raises Stops where a call drops weights outside of training."""
-    given = _argument(node, 4, "dropout_p")
+    given = argument(node, 4, "dropout_p")
     choices = [given, *given.absorbed] if isinstance(given, Node) and given.op == "merge" else []
     asked = [asked for choice in choices if isinstance(choice, Node) and (asked := _off_unless_training(line, choice))]
     if is_const(given, 0, None):
@@ -208,7 +221,3 @@ def _off_unless_training(line: Timeline, choice: Node) -> Node | None:
         return None
     off = line.value_at(above.orelse, choice)
     return asked if asked.name == "training" and off is not None and is_const(off, 0) else None
-
-
-def _argument(node: Node, index: int, name: str) -> Value:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, Const(None))

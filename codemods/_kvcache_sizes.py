@@ -29,7 +29,7 @@ from codemods._kvcache_axes import (
 )
 from codemods._kvcache_time import Timeline, Types
 from codemods._kvcache_views import part
-from modernizer.graph.query import is_const, is_none
+from modernizer.graph.query import IDENTITY, is_const, is_none
 from modernizer.graph.rank import is_ellipsis, rank
 from modernizer.graph.values import Const, Many, Node, Value
 
@@ -77,7 +77,7 @@ def _mask_of_new(line: Timeline, node: Node, made: Tensor) -> Tensor:
     """`ones(T, T)` where T is the number of new steps: the mask is wanted for all, and its last rows of it."""
     if [a.letter for a in made.axes if a.has_time] != [NEW, NEW] or not made.axes[-2].is_time or node.node is None:
         raise Stops("a tensor of as many steps as are new")
-    line.repair.lengths[node.node] = node.frame
+    line.repair.lengths[node.node].append(node.frame)
     return Tensor(tuple(Axis(FED) if a.letter == NEW else a for a in made.axes))
 
 
@@ -96,7 +96,7 @@ def counted(line: Timeline, node: Node) -> Known | None:
     if len(node.args) > 2 and not is_const(node.args[2], 1):
         raise Stops("positions in larger steps")
     if end.letters == NEW:
-        raise Stops("positions are counted among what is new: with a cache they would start over")
+        line.count_on(node)
     return Tensor((Axis(end.letters),)) if end.letters != BATCH else None
 
 
@@ -241,6 +241,7 @@ def _of_table(line: Timeline, node: Node, receiver: Value, parts: Sequence[Value
     if count is None:
         raise Stops("a table of which the axes are not known is cut to the length of the sequence")
     made: list[Axis] = []
+    looked_up = False
     for p in _spread(parts, count):
         if p is None:
             made.append(free())
@@ -249,14 +250,57 @@ def _of_table(line: Timeline, node: Node, receiver: Value, parts: Sequence[Value
         elif isinstance(p, Node) and p.op == "slice":
             made.append(_cut(line, node, p))
         elif line.type_of(p, node) is not None:
-            raise Stops("a table is looked up by something made of the sequence")
+            made += _looked_up(line, node, p, [q for q in parts if q is not p])
+            looked_up = True
     letters = [a.letter for a in made if a.has_time]
-    if NEW not in letters:
+    if letters == [NEW] and not looked_up:
+        line.count_on(node, _slice_of_new(line, node))
+    if NEW not in letters or letters == [NEW] or looked_up:
         return Tensor(tuple(made)) if letters else None
     if letters != [NEW, NEW] or not (made[-1].is_time and made[-2].is_time) or node.node is None:
         raise Stops("a table is cut to the number of new steps: with a cache it would start over")
-    line.repair.tables[node.node] = node.frame
+    line.repair.tables[node.node].append(node.frame)
     return Tensor((*made[:-1], Axis(FED)))
+
+
+def _looked_up(line: Timeline, node: Node, index: Value, others: Sequence[Value]) -> tuple[Axis, ...]:
+    """The axes that `table[places]` gets instead of the one that is looked up."""
+    known = line.tensor(index, node)
+    is_plain = all(is_none(o) or is_ellipsis(o) or (isinstance(o, Node) and o.op == "slice") for o in others)
+    if known is None or not is_plain or not _is_whole(index) or any(line.type_of(o, node) is not None for o in others):
+        raise Stops("a table is looked up by something made of the sequence")
+    return known.axes
+
+
+def _is_whole(value: Value) -> bool:
+    """Whether an index is surely of whole numbers, and no mask."""
+    while isinstance(value, Node) and value.args:
+        if value.op in ("arange", "long", "cumsum", "argmax"):
+            return True
+        if value.op not in _KEEPS_WHOLE:
+            return False
+        value = value.args[0]
+    return False
+
+
+_KEEPS_WHOLE = IDENTITY - {"float", "to", "type"} | frozenset(
+    "add sub mul clamp clamp_min clamp_max masked_fill unsqueeze getitem expand expand_as view reshape squeeze".split()
+)
+
+
+def _slice_of_new(line: Timeline, node: Node) -> ast.AST | None:
+    """The code of `:T` in an index where T is the number of new steps."""
+    if not isinstance(node.node, ast.Subscript):
+        raise Stops("a table is cut to the number of new steps: with a cache it would start over")
+    parts = node.node.slice.elts if isinstance(node.node.slice, ast.Tuple) else [node.node.slice]
+    found = [
+        p for p in parts
+        if isinstance(p, ast.Slice) and p.upper is not None and isinstance(p.upper, ast.expr)
+        and getattr(line.type_of(line.value_at(p.upper, node) or Const(None)), "letters", "") == NEW
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise Stops("a table is cut to the number of new steps: with a cache it would start over")
+    return found[0]
 
 
 def _cut(line: Timeline, node: Node, p: Node) -> Axis:

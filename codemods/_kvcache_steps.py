@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from codemods._kvcache_axes import (
     BATCH,
     COMPARISONS,
+    LAST,
+    NEW,
     Known,
     Loose,
     Number,
@@ -35,7 +37,7 @@ _UNARY = (
 )
 _BINARY = (
     "add sub mul div pow floordiv mod maximum minimum eq ne noteq lt le gt ge lte gte and or xor logical_and logical_or"
-    " logical_xor masked_fill where fmod remainder lerp"
+    " logical_xor masked_fill where fmod remainder lerp polar complex"
 )
 
 
@@ -119,6 +121,35 @@ def _joined_sizes(line: Timeline, node: Node) -> Known | None:
         else:
             raise Stops("a shape that is put together of something else")
     return Sizes(tuple(found))
+
+
+# -- positions of our own components
+
+
+@types("rotary")
+def rotated(line: Timeline, node: Node) -> Known | None:
+    """`rotary(x)` counts positions from 0 on unless it is told otherwise."""
+    known = line.first(node)
+    line.free_others(node)
+    given = node.kwargs.get("seq_dim", node.module.args.get("seq_dim", Const(-2)) if node.module else Const(-2))
+    if len(node.args) > 1 or set(node.kwargs) - {"seq_dim"}:
+        raise Stops("a rotation that is told its positions")
+    axis = known.axes[placed(constant(given), len(known.axes))]
+    if not axis.is_time or axis.letter == LAST or len(known.times) > 1:
+        raise Stops("a rotation along another axis than time")
+    if axis.letter == NEW:
+        line.count_on(node)
+    return Tensor(known.axes)
+
+
+@types("alibi")
+def biased(line: Timeline, node: Node) -> Known | None:
+    """`alibi(scores)` takes queries for the last of the keys, as they are with a cache."""
+    known = line.first(node)
+    line.free_others(node)
+    if known.times and (known.times != [len(known.axes) - 2, len(known.axes) - 1] or node.kwargs or len(node.args) > 1):
+        raise Stops("a bias by distance along other axes than the last two")
+    return Tensor(known.axes)
 
 
 # -- along the features

@@ -24,13 +24,14 @@ class Thread:
 
     code: Code
     generation: Generation
+    ends: frozenset[int] = frozenset()  # activations, by id, at which ways end; else at the loop's
     functions: dict[ast.FunctionDef, Frame] = field(default_factory=dict)
     calls: dict[ast.Call, Frame] = field(default_factory=dict)
     sequentials: dict[ast.Call, Frame] = field(default_factory=dict)
 
     def follow(self, frame: Frame) -> None:
         """Adds the way to one activation."""
-        while frame is not self.generation.frame:
+        while frame is not self.generation.frame and id(frame) not in self.ends:
             function = frame.function
             if function is None:
                 raise Cannot("attention is not reached from the loop by calls", self.generation.location)

@@ -7,6 +7,7 @@ depends on the tokens up to its own place alone. Operations that are not known t
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,14 +53,22 @@ class Change:
     axis: int | None = None  # which of the axes, where several are `before`
 
 
+def _places() -> defaultdict[ast.AST, list[Frame]]:
+    return defaultdict(list)
+
+
 @dataclass
 class Repair:
-    """Places where code counts on the length of what it is given, which a cache makes shorter than the past."""
+    """Places where code counts on the length of what it is given, which a cache makes shorter than the past.
 
-    tables: dict[ast.AST, Frame] = field(default_factory=dict)  # `mask[:T, :T]`
-    lengths: dict[ast.AST, Frame] = field(default_factory=dict)  # `ones(T, T)`
-    rows: dict[ast.AST, Frame] = field(default_factory=dict)  # masks of which only the last rows are wanted
-    causal: dict[ast.AST, Frame] = field(default_factory=dict)  # calls with `is_causal=True`
+    Each with the activations in which it does.
+    """
+
+    tables: defaultdict[ast.AST, list[Frame]] = field(default_factory=_places)  # `mask[:T, :T]`
+    lengths: defaultdict[ast.AST, list[Frame]] = field(default_factory=_places)  # `ones(T, T)`
+    rows: defaultdict[ast.AST, list[Frame]] = field(default_factory=_places)  # of which the last rows are wanted
+    causal: defaultdict[ast.AST, list[Frame]] = field(default_factory=_places)  # calls with `is_causal=True`
+    counts: defaultdict[ast.AST, list[Frame]] = field(default_factory=_places)  # `arange(T)`, `table[:T]`
     lasts: dict[ast.AST, Frame] = field(default_factory=dict)  # `logits[:, T - 1]`
 
 
@@ -236,7 +245,7 @@ class Timeline:
         found = [e for e in operands if any(f is node.frame and v is mask for f, v in self.at.get(e, ()))]
         if len(found) != 1:
             raise Stops("a mask over the whole sequence meets the scores of what is new")
-        self.repair.rows[found[0]] = node.frame
+        self.repair.rows[found[0]].append(node.frame)
 
     # -- branches
 
@@ -255,6 +264,13 @@ class Timeline:
         except Stops:
             return False
         return any(self.type_of(leaf) is not None for v in values if v is not None for leaf in flatten(v))
+
+    def count_on(self, node: Node, syntax: ast.AST | None = None) -> None:
+        """Notes that something counts new steps from zero; raises Stops where its code cannot be told."""
+        place = node.node if syntax is None else syntax
+        if not isinstance(place, ast.Call | ast.Slice):
+            raise Stops("positions are counted among what is new: with a cache they would start over")
+        self.repair.counts[place].append(node.frame)
 
     def tests(self, node: Node) -> list[ast.expr]:
         """The expressions that decide which alternative of a merge is taken, in the merge's own activation."""

@@ -229,6 +229,31 @@ def parted(line: Timeline, node: Node) -> Known | None:
     return Tensor(without(known, place, free(_part_size(node))))
 
 
+@types("repeat_interleave")
+def repeated(line: Timeline, node: Node) -> Known | None:
+    """Heads of keys, each for several heads of queries."""
+    known = line.first(node)
+    line.free_others(node)
+    given = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", Const(None))
+    place = placed(constant(given), len(known.axes))
+    if known.axes[place].has_time or known.axes[place].letter == BATCH:
+        raise Stops("steps or rows of the batch are repeated")
+    return Tensor(without(known, place, free()))
+
+
+@types("view_as_complex")
+def complexed(line: Timeline, node: Node) -> Known | None:
+    known = line.first(node)
+    if known.axes[-1].has_time:
+        raise Stops("steps become parts of complex numbers")
+    return Tensor(known.axes[:-1])
+
+
+@types("view_as_real")
+def realized(line: Timeline, node: Node) -> Known | None:
+    return Tensor((*line.first(node).axes, free(Const(2))))
+
+
 def _part_size(node: Node) -> Value | None:
     """The size of each part, where all have the same."""
     return node.args[1] if node.op == "split" and not isinstance(node.args[1], Many) else None

@@ -23,6 +23,7 @@ from codemods._kvcache_checks import check
 from codemods._kvcache_cut import Cut, cuts, timeline
 from codemods._kvcache_growth import find_generations
 from codemods._kvcache_loops import Generation, Pick
+from codemods._kvcache_offsets import Offsets, lengths
 from codemods._kvcache_runs import with_outer_loops
 from codemods._kvcache_thread import Thread, sequential_code
 from codemods._kvcache_time import Change, Timeline
@@ -151,7 +152,9 @@ class Builder:
         thread.check()
         thread.check_reach([f for u in updates for f, _ in u.frames], [u.function for u in updates])
         self.updates = updates
-        self._edit(updates, cut, line, thread)
+        offsets = Offsets(self.code, generation, line, updates, self._elsewhere(line))
+        offsets.check()
+        self._edit(updates, cut, line, thread, offsets)
         layers = len({id(f.receiver) for u in updates for f, a in u.frames if a in generation.turns[0]})
         return Upgrade(generation.location, _summary(layers), tuple(self.edits))
 
@@ -216,11 +219,31 @@ class Builder:
                         raise Cannot("keys and values do not have the batch in front, whose rows are picked anew",
                                      place(attention))  # fmt: skip
 
+    def _elsewhere(self, line: Timeline) -> dict[ast.AST, Sequence[Frame]]:
+        """What counts on the length of what it is given, and does not stand where attention has asked the cache."""
+        repair = line.repair
+        functions = {id(n) for u in self.updates for n in below(u.function)}
+        statements = {id(n) for u in self.updates for n in below(u.statement)}
+        masks = {id(n) for u in self.updates for n in self._repairs(u, line)}
+        return {
+            **repair.counts,
+            **{
+                node: frames
+                for node, frames in (*repair.tables.items(), *repair.lengths.items())
+                if id(node) not in masks
+            },
+            **{node: frames for node, frames in repair.rows.items() if id(node) not in functions},
+            **{node: frames for node, frames in repair.causal.items() if id(node) not in statements},
+        }
+
     # -- the edits
 
-    def _edit(self, updates: Sequence[Update], cut: Cut, line: Timeline, thread: Thread) -> None:
+    def _edit(self, updates: Sequence[Update], cut: Cut, line: Timeline, thread: Thread, offsets: Offsets) -> None:
         name = thread.name()
         self.edits += thread.edits(name)
+        for statement, code in offsets.lines(name):
+            self.before[statement].append(code)
+        self.edits += offsets.edits()
         self._loop(thread, line, name, time_axis(updates[0]))
         self.before[cut.statement] += cut.lines(name)
         for call, frame in thread.sequentials.items():
@@ -322,7 +345,7 @@ class Builder:
             total = free_name("total", names_in(update.function))
             lines.append(f"{total} = {past_length(update)}")
             for node in repairs:
-                self._repair(update, node, total)
+                self._repair(update, node, total, line)
         self.before[update.statement] += lines
         for call in line.repair.causal:
             if id(call) in set(map(id, below(update.statement))):
@@ -352,14 +375,13 @@ class Builder:
         others = {id(n) for u in self.updates if u is not update and u.function is update.function
                   for s in block_of(tree, u.statement) for n in below(s)}  # fmt: skip
         inside -= others - mine  # another branch asks the cache itself
-        found = [n for n in (*line.repair.tables, *line.repair.lengths) if id(n) in inside]
-        for node in found:
-            start = (update.statement.lineno, update.statement.col_offset)
-            if (getattr(node, "lineno", 0), getattr(node, "col_offset", 0)) < start:
-                raise Cannot("the mask is made before keys and values are", location(node, update.frame))
-        return found
+        start = (update.statement.lineno, update.statement.col_offset)
+        return [
+            n for n in (*line.repair.tables, *line.repair.lengths)
+            if id(n) in inside and (getattr(n, "lineno", 0), getattr(n, "col_offset", 0)) >= start
+        ]  # fmt: skip
 
-    def _repair(self, update: Update, node: ast.AST, total: str) -> None:
+    def _repair(self, update: Update, node: ast.AST, total: str, line: Timeline) -> None:
         path = update.frame.path
         if isinstance(node, ast.Subscript):
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
@@ -371,7 +393,7 @@ class Builder:
             self.edits.append(Replace(path, columns, f":{total}"))
             return
         assert isinstance(node, ast.Call)
-        for argument in _lengths(self.code, node, update.frame):
+        for argument in lengths(self.code, line, node, update.frame):
             self.edits.append(Replace(path, argument, total))
 
 
@@ -382,14 +404,6 @@ def _comments_above(source: SourceFile, statement: ast.stmt) -> list[str]:
     while above and above[-1].strip().startswith("#"):
         found.insert(0, above.pop().strip())
     return found
-
-
-def _lengths(code: Code, call: ast.Call, frame: Frame) -> list[ast.expr]:
-    """The arguments of `ones(1, T, T)` that say how many steps there are."""
-    arguments = list(call.args)
-    if len(arguments) == 1 and isinstance(arguments[0], ast.Tuple | ast.List):
-        arguments = list(arguments[0].elts)
-    return [a for a in arguments if isinstance(v := code.value(a, frame), Node) and v.op == "dim"]
 
 
 def _summary(layers: int) -> str:

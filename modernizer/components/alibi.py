@@ -126,14 +126,16 @@ class ALiBi(nn.Module):
         Args:
             query, key: ``[..., heads, time, head_dim]``, or ``[..., time, head_dim]`` where this serves one head.
             attn_mask: boolean (True attends) or of floats (added).
-            is_causal: keys behind their query are blocked too, as SDPA does when it is told so.
+            is_causal: keys behind their query are blocked too; queries are the last of the positions, so that this is
+                right with a cache, where SDPA's own ``is_causal`` is not.
         """
         heads = None if self.head is not None or query.dim() < 3 else query.shape[-3]
         mask = self.bias(query.shape[-2], key.shape[-2], num_heads=heads, device=query.device, dtype=query.dtype)
         if self.head is not None:
             mask = mask[0]
         if is_causal:
-            mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), float("-inf"))
+            ahead = torch.ones_like(mask, dtype=torch.bool).triu(1 + key.shape[-2] - query.shape[-2])
+            mask = mask.masked_fill(ahead, float("-inf"))
         if attn_mask is None:
             return mask
         if attn_mask.dtype == torch.bool:

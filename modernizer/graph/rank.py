@@ -22,7 +22,7 @@ _SAME = (
 )
 _BROADCAST = frozenset(
     "add sub mul div where and or eq ne lt gt le ge lte gte noteq maximum minimum masked_fill pow floordiv"
-    " logical_or logical_and logical_xor".split()
+    " logical_or logical_and logical_xor polar".split()
 )
 
 
@@ -130,8 +130,8 @@ def _special(value: Node) -> int | None:
             return 3
         second = rank(value.args[1]) if len(value.args) > 1 else None
         return None if first is None or second is None or min(first, second) < 2 else max(first, second)
-    if value.op == "baddbmm":
-        return 3
+    if value.op in _FIXED:
+        return _FIXED[value.op]
     if value.op in ("cat", "stack") and value.args and isinstance(value.args[0], Many):
         parts = {rank(part) for part in value.args[0].items} - {None}
         return None if len(parts) != 1 else parts.pop() + (value.op == "stack")  # type: ignore[operator]
@@ -164,11 +164,14 @@ def _special(value: Node) -> int | None:
         "t": 0,
         "mT": 0,
         "cat": 0,
+        "view_as_complex": -1,
+        "view_as_real": 1,
         "addmm": 0,
     }
     return first + change[value.op] if value.op in change and not isinstance(value.args[0], Many) else None
 
 
+_FIXED = {"baddbmm": 3, "arange": 1, "linspace": 1, "outer": 2, "ger": 2, "eye": 2}
 _MADE_OF = frozenset("array asarray tensor as_tensor Tensor FloatTensor LongTensor from_numpy".split())
 
 

@@ -14,16 +14,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvcache_positions import COUNTING_TRAPS, POSITIONS
 from kvcache_programs import FORMS, program
 from kvcache_traps import TRAPS
 from torch import Tensor, nn
 
+from codemods.alibi import Alibi
 from codemods.kvcache import KVCacheRule
+from codemods.rope import Rope
 from codemods.sdpa import Sdpa
 from modernizer.pipeline import upgrade
 from modernizer.report import Report, Status
 from modernizer.rule import Rule
 
+FORMS |= POSITIONS
+TRAPS |= COUNTING_TRAPS
 WORDS, WINDOW = 20, 12
 Program = dict[str, Any]
 
@@ -174,6 +179,28 @@ def test_together_with_one_call_for_attention(name: str, order: Sequence[type[Ru
     assert 2 * work(new, prompt_of(), 9) <= work(old, prompt_of(), 9)
     for sample in (False, True):
         assert torch.equal(generate(new, prompt_of(), 14, sample), generate(old, prompt_of(), 14, sample))
+
+
+RELATIVE = (
+    "attention: plain", "attention: fused, four axes of mask", "attention: time before heads in an einsum",
+    "attention: the key is transposed where it is made", "attention: one call", "one module a head",
+    "attention is a function", "a translator", "a buffer", "beams",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELATIVE)
+@pytest.mark.parametrize("rule", [Rope, Alibi])
+def test_relative_positions_of_other_rules_go_on(name: str, rule: type[Rule], tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(FORMS[name])
+    assert upgrade([path], [rule()], {}).sites[0].status is Status.DONE
+    relative = path.read_text()
+    assert {s.status for s in run_rule(path).sites} == {Status.DONE}
+    old, new = (build(load(code)) for code in (relative, path.read_text()))
+    for sample in (False, True):
+        assert torch.equal(generate(new, prompt_of(), 14, sample), generate(old, prompt_of(), 14, sample))
+    torch.testing.assert_close(*(last_logits(m, prompt_of(), 14) for m in (new, old)), rtol=0, atol=1e-10)
+    assert 2 * work(new, prompt_of(), 9) <= work(old, prompt_of(), 9)
 
 
 def test_two_generations_do_not_share_what_they_keep() -> None:

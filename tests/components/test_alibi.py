@@ -128,6 +128,16 @@ def test_serves_as_a_mask_of_torchs_attention() -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_causal_mask_takes_queries_for_the_last_positions(queries: int, masked: bool) -> None:
+    q, k = rand(2, 4, 5, 8), rand(2, 4, 5, 8)
+    given = torch.arange(5).expand(1, 1, 5, 5) != 2 if masked else None
+    whole = ALiBi().attn_mask(q, k, given, is_causal=True)
+    rows = None if given is None else given[..., -queries:, :]
+    assert torch.equal(ALiBi().attn_mask(q[..., -queries:, :], k, rows, is_causal=True), whole[..., -queries:, :])
+
+
 def test_arguments_that_contradict_are_refused() -> None:
     with pytest.raises(ValueError, match="do not tell num_heads"):
         ALiBi(head=1)
