@@ -9,12 +9,14 @@ from itertools import product
 
 from modernizer.graph import Graph, execute
 from modernizer.graph.calls import hasattr_of_module
-from modernizer.graph.machine import Machine
+from modernizer.graph.machine import MAX_STEPS, Machine
 from modernizer.graph.roots import construct, is_module_class, run_function
+from modernizer.graph.scope import Scope
 from modernizer.graph.values import Class, Frame, Function, Module, Object, Value
 from modernizer.model_map import ModelMap
-from modernizer.syntax import below
+from modernizer.syntax import below, every_node
 
+_ENOUGH = 20_000  # steps; what does more than put a model together and call it is no loop of generation
 _MANY = 4  # more ways than that to hand models to a function say nothing
 
 
@@ -37,14 +39,17 @@ def with_outer_loops(model: ModelMap) -> ModelMap:
 
 
 def _extended(model: ModelMap) -> ModelMap:
-    entries = [e for e in _entries(model.graph) if not _attends(model, e)]
-    if not entries or not model.attentions:
+    if not model.attentions:
+        return model
+    attending = _attending_functions(model)
+    entries = [e for e in _entries(model.graph) if e.node not in attending]
+    if not entries:
         return model
     open_ = Graph(Machine(model.project))
     plans: list[tuple[Entry, dict[str, list[Class]]]] = []
     for entry in entries:
         first = len(open_.machine.nodes)
-        _run(open_, entry, {})
+        _run(open_, entry, {}, _ENOUGH)
         needs = _needs(open_, first)
         attending = _attending(model)
         wanted = {name: found for name, need in needs.items() if (found := _fitting(attending, need))}
@@ -69,7 +74,7 @@ def _entries(graph: Graph) -> Iterator[Entry]:
     found: list[Entry] = []
     for path in graph.project.named:
         scope = graph.machine.scopes.get(path)
-        if scope is None:
+        if scope is None or not _imports_torch(scope):
             continue
         found += [Entry(function, None) for function in scope.functions()]
         for cls in scope.classes():
@@ -81,6 +86,15 @@ def _entries(graph: Graph) -> Iterator[Entry]:
         loops = (n for n in below(entry.node) if isinstance(n, ast.For | ast.While))
         if any(_grows(loop, growing) for loop in loops):
             yield entry
+
+
+def _imports_torch(scope: Scope) -> bool:
+    """Whether a file names torch: without it no tensor is put together."""
+    statements = (n for n in every_node(scope.source.tree) if isinstance(n, ast.Import | ast.ImportFrom))
+    modules = (
+        m for s in statements for m in ([s.module] if isinstance(s, ast.ImportFrom) else [a.name for a in s.names])
+    )
+    return any(m is not None and m.partition(".")[0] == "torch" for m in modules)
 
 
 _GROWING = frozenset({"cat", "concat", "concatenate", "append", "hstack"})
@@ -97,11 +111,10 @@ def _grows(part: ast.AST, calls: Set[str]) -> bool:
     return False
 
 
-def _attends(model: ModelMap, entry: Entry) -> bool:
-    """Whether attention already happens somewhere below an activation of the function."""
-    frames = {id(f) for f in model.graph.machine.frames if f.function is not None and f.function.node is entry.node}
+def _attending_functions(model: ModelMap) -> set[ast.AST]:
+    """The functions in whose activations attention already happens."""
     contexts = (c for site in model.attentions for c in site.contexts)
-    return any(id(f) in frames for c in contexts for f in c.frame.outward())
+    return {f.function.node for c in contexts for f in c.frame.outward() if f.function is not None}
 
 
 # -- what is handed in
@@ -164,15 +177,17 @@ def _root(graph: Graph, cls: Class) -> Module | None:
 # -- running
 
 
-def _run(graph: Graph, entry: Entry, given: Mapping[str, Value]) -> Frame | None:
+def _run(graph: Graph, entry: Entry, given: Mapping[str, Value], max_steps: int = MAX_STEPS) -> Frame | None:
     """Runs a function, or a method on an object whose constructor is handed the same."""
     receiver: Object | None = None
     if entry.owner is not None and not _is_static(entry.node):
-        receiver = construct(graph, entry.owner, _accepted(entry.owner, given))
+        receiver = construct(graph, entry.owner, _accepted(entry.owner, given), max_steps)
         if receiver is None:
             return None
     names = {a.arg for a in [*entry.node.args.posonlyargs, *entry.node.args.args, *entry.node.args.kwonlyargs]}
-    done = run_function(graph, entry.function, receiver, {n: v for n, v in given.items() if n in names})
+    done = run_function(
+        graph, entry.function, receiver, {n: v for n, v in given.items() if n in names}, max_steps=max_steps
+    )
     return done.frame if done.complete else None
 
 

@@ -13,7 +13,7 @@ from modernizer.edit import Edit, Replace
 from modernizer.graph.query import IDENTITY, alternatives, ancestors, base, origin
 from modernizer.graph.values import Class, External, Frame, Function, Method, Module, Node, Partial, Value
 from modernizer.model_map.feed_forward import FeedForward
-from modernizer.syntax import walk
+from modernizer.syntax import mentions, walk
 
 Reference = Callable[[str, ast.AST, Frame], tuple[str, Sequence[Edit]]]  # the text for a component at a place
 
@@ -248,11 +248,10 @@ class ActivationEdits:
         return [Replace(frame.path, place, text), *imports]
 
     def _targets(self, value: Value, attribute: str) -> Iterator[tuple[ast.Attribute, Frame]]:
-        for syntax, places in self.uses.machine.at.items():
-            if isinstance(syntax, ast.Attribute) and isinstance(syntax.ctx, ast.Store) and syntax.attr == attribute:
-                for frame, bound in places:
-                    if bound is value:
-                        yield syntax, frame
+        for file in self.uses.machine.project.files():
+            for syntax in mentions(file.tree).attributes.get(attribute, ()):
+                if isinstance(syntax.ctx, ast.Store):
+                    yield from ((syntax, f) for f, bound in self.uses.machine.at.get(syntax, ()) if bound is value)
 
     # -- a call: where it stands
 

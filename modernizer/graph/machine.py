@@ -17,6 +17,7 @@ from modernizer.project import Project
 
 MAX_DEPTH = 40
 MAX_STEPS = 400_000  # expressions evaluated in one root run
+MAX_STEPS_TO_BUILD = 100_000  # in putting a model together; more do functions that can make any of many
 UNKNOWN_REPEATS = 2  # how often a loop of unknown length is unrolled
 KNOWN_REPEATS = 4  # a longer known loop is cut to UNKNOWN_REPEATS
 
@@ -55,6 +56,7 @@ class Machine:
         self.loops: dict[int, list[Loop]] = {}  # the loops active in a frame, by its id
         self.repeats: dict[ast.AST, list[Repeat]] = defaultdict(list)  # how often a loop ran, by its syntax node
         self.steps = 0
+        self.max_steps = MAX_STEPS
         self.run = 0
         self.journals: list[dict[tuple[int, str], tuple[object, str, object]]] = []
 
@@ -102,10 +104,15 @@ class Machine:
 
     # -- running
 
+    def start_run(self, max_steps: int = MAX_STEPS) -> None:
+        """What is executed from here on is told apart from what was, and may take so many steps."""
+        self.run += 1
+        self.steps, self.max_steps = 0, max_steps
+
     def evaluate(self, frame: Frame, node: ast.expr) -> Value:
         """The value of an expression in a frame."""
         self.steps += 1
-        if self.steps > MAX_STEPS:
+        if self.steps > self.max_steps:
             raise OutOfSteps
         handler = self.expressions.get(type(node))
         value = handler(self, frame, node) if handler else self.node("unknown", (), node, frame)

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from modernizer.graph import calls, expressions, statements  # noqa: F401 - they register their handlers
 from modernizer.graph.activations import Activations
-from modernizer.graph.machine import Dead, Machine, OutOfSteps
+from modernizer.graph.machine import MAX_STEPS, MAX_STEPS_TO_BUILD, Dead, Machine, OutOfSteps
 from modernizer.graph.scope import Scope
 from modernizer.graph.values import Class, External, Frame, Function, Many, Module, Node, Object, Value
 from modernizer.project import Project
@@ -56,13 +56,14 @@ def execute(project: Project) -> Graph:
     built = _build_factories(graph, scopes, classes)
     made = {cls.node: module for cls in classes if (module := _construct(graph, cls)) is not None}
     inner = _constructed_by_others(graph, set(made.values()))
+    ran = _Ran(machine)
     for module in built:
         _run_methods(graph, module)
     for cls in classes:
-        if cls.node in made and cls.node not in inner and not _ran(graph, cls):
+        if cls.node in made and cls.node not in inner and cls not in ran:
             _run_methods(graph, made[cls.node])
     for cls in classes:
-        if cls.node in made and not _ran(graph, cls) and not _subclassed(cls, classes):
+        if cls.node in made and cls not in ran and not _subclassed(cls, classes):
             _run_methods(graph, made[cls.node])
     return graph
 
@@ -86,17 +87,23 @@ def _subclassed(cls: Class, classes: list[Class]) -> bool:
     return any(c is not cls and any(isinstance(b, Class) and b.node is cls.node for b in c.mro) for c in classes)
 
 
-def _ran(graph: Graph, cls: Class) -> bool:
-    """Whether some method of a class other than its constructor was executed on an instance of it."""
-    return any(
-        isinstance(f.receiver, Module)
-        and f.receiver.cls is not None
-        and f.receiver.cls.node is cls.node
-        and f.function is not None
-        and f.function.name != "__init__"
-        and not _in_constructor(f)
-        for f in graph.machine.frames
-    )
+class _Ran:
+    """The classes on an instance of which a method other than the constructor was executed; grows as execution does."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._known: set[ast.ClassDef] = set()
+        self._count = 0  # of the activations that were looked at
+
+    def __contains__(self, cls: Class) -> bool:
+        for frame in self._machine.frames[self._count :]:
+            owner = frame.receiver.cls if isinstance(frame.receiver, Module) else None
+            if owner is None or owner.node in self._known or frame.function is None:
+                continue
+            if frame.function.name != "__init__" and not _in_constructor(frame):
+                self._known.add(owner.node)
+        self._count = len(self._machine.frames)
+        return cls.node in self._known
 
 
 def _in_constructor(frame: Frame) -> bool:
@@ -113,11 +120,10 @@ def _construct(graph: Graph, cls: Class) -> Module | None:
     return made if isinstance(made, Module) else None
 
 
-def construct(graph: Graph, cls: Class, given: Mapping[str, Value]) -> Object | None:
+def construct(graph: Graph, cls: Class, given: Mapping[str, Value], max_steps: int = MAX_STEPS) -> Object | None:
     """An instance of a class; constructor arguments that are not given are open. None where it cannot be followed."""
     machine = graph.machine
-    machine.run += 1
-    machine.steps = 0
+    machine.start_run(min(max_steps, MAX_STEPS_TO_BUILD))
     frame = Frame(cls.scope, run=machine.run)
     args = {**_open_arguments(machine, frame, cls, "__init__", "config"), **given}
     try:
@@ -211,12 +217,16 @@ class Activation:
 
 
 def run_function(
-    graph: Graph, function: Function, receiver: Value | None, given: Mapping[str, Value], is_factory: bool = False
+    graph: Graph,
+    function: Function,
+    receiver: Value | None,
+    given: Mapping[str, Value],
+    is_factory: bool = False,
+    max_steps: int = MAX_STEPS,
 ) -> Activation:
     """Executes a function or method; arguments that are not given are open."""
     machine = graph.machine
-    machine.run += 1
-    machine.steps = 0
+    machine.start_run(min(max_steps, MAX_STEPS_TO_BUILD) if is_factory else max_steps)
     node = function.node
     assert isinstance(node, ast.FunctionDef)
     outer = Frame(function.scope, run=machine.run, calls_factory=is_factory)

@@ -23,6 +23,7 @@ from modernizer.graph.query import (
     alternatives,
     base,
     data_ancestors,
+    depends_on,
     enclosing_modules,
     inputs,
     is_none,
@@ -352,15 +353,13 @@ def _is_residual(made: FeedForward) -> bool:
 
 def _is_repeated(made: FeedForward, found: Sequence[FeedForward], cores: dict[int, Node]) -> bool:
     """Whether the stream goes through attention and then through the same code again, with no residual around it."""
-    again = [
-        other
-        for other in found
+    later = [
+        other for other in found
         if other.first.module.call is made.first.module.call
         and other.first.module is not made.first.module
         and other.first.value.order > made.second.value.order
-        and id(made.second.value) in data_ancestors(other.first.source)
-    ]
-    return bool(again) and _is_read_whole(made, cores)
+    ]  # fmt: skip
+    return _is_read_whole(made, cores) and any(depends_on(o.first.source, made.second.value) for o in later)
 
 
 def _is_read_whole(made: FeedForward, cores: dict[int, Node]) -> bool:
