@@ -41,8 +41,8 @@ def with_outer_loops(model: ModelMap) -> ModelMap:
 def _extended(model: ModelMap) -> ModelMap:
     if not model.attentions:
         return model
-    attending = _attending_functions(model)
-    entries = [e for e in _entries(model.graph) if e.node not in attending]
+    followed = _attending_functions(model)
+    entries = [e for e in _entries(model.graph) if e.node not in followed]
     if not entries:
         return model
     open_ = Graph(Machine(model.project))
