@@ -6,7 +6,8 @@ import gc
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -18,6 +19,7 @@ from modernizer.rule import Effect, Option, Options
 if TYPE_CHECKING:
     from modernizer.report import Report
     from modernizer.rule import Rule
+    from modernizer.weights.keeping import Outcome
 
 T = TypeVar("T")
 
@@ -244,6 +246,85 @@ def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool, lik
         click.echo(
             f"    note: kept as it was: {', '.join(checkpoint.others)}; the state of an optimizer does not fit now"
         )
+
+
+@main.command(cls=CommandWithRuleOptions)
+@click.option("--before", required=True, type=click.Path(path_type=Path), help="The old program: a file or a folder.")
+@click.option("--after", required=True, type=click.Path(path_type=Path), help="The same, upgraded with --keep-weights.")
+@click.option("--model", required=True, help="An expression that builds the model; 'module:expression' if need be.")
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The trained weights.")
+@click.option("--data", required=True, help="Tokens or rows: .npy, .npz, .pt, a dataset's folder, or an expression.")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--rule", "-r", "names", multiple=True, help="The rules that were applied; by default what is seen.")
+@click.option("--call", help="An expression of `model` and `batch`, where calling the model is not enough.")
+@click.option("--loss", help="An expression of `output` and `batch`: what to measure instead.")
+@click.option("--length", default=256, show_default=True, help="Tokens in a row, where the data is one line of them.")
+@click.option("--tokens", default=65_536, show_default=True, help="How many to calibrate on.")
+@click.option("--held-out", default=32_768, show_default=True, help="How many others to measure with, at most.")
+@click.option("--device", help="Where to compute: cpu, cuda, cuda:1; by default a GPU if there is one.")
+@FORMAT
+def calibrate(names: Sequence[str], style: str, **given: Any) -> None:
+    """Keep what was trained: the checkpoint of the old model becomes one of the upgraded model, fitted on data.
+
+    Builds and runs both models. Says for each rule whether it was exact, calibrated, or needs training, and what it
+    cost on data that was held out. An interrupted run goes on where it was.
+    """
+    try:
+        from modernizer.weights.keeping import Request, Unfit, keep_trained
+    except ImportError as error:
+        raise click.UsageError('calibrate needs PyTorch: pip install "modernizer[torch]"') from error
+    own = {name: given.pop(name) for name in [name for name in given if not name.startswith("option_")]}
+    for side in ("before", "after"):
+        if not own[side].exists():
+            raise click.UsageError(f"--{side}: {own[side]} is not there")
+    rules = _selected(names) if names else _settled_rules(own["before"], own["after"])
+    options = {**_rule_options(rules, given), "keep_weights": True}
+    try:
+        with _progress(style) as told:
+            outcome = keep_trained(Request(**own, rules=rules, options=options), told)
+    except Unfit as error:
+        click.echo(click.style(f"error: {error}; nothing was written", fg="red"), err=True)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        click.echo("interrupted: nothing was written; the same command goes on from there", err=True)
+        raise SystemExit(1) from error
+    _print_outcome(outcome, own["output"], style)
+
+
+@contextmanager
+def _progress(style: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error, where somebody looks at it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=style == "json" or not console.is_terminal) as bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what or "measuring")
+
+
+def _print_outcome(outcome: Outcome, output: Path, style: str) -> None:
+    from dataclasses import asdict
+
+    from modernizer.report import shown
+
+    steps = [asdict(step) for step in outcome.steps]
+    if style == "json":
+        measured = {"measured": outcome.objective.name, "unit": outcome.objective.unit}
+        losses = {"before": outcome.before, "after": outcome.after}
+        counts = {"tokens": outcome.tokens, "held_out": outcome.held_out, "notes": outcome.notes}
+        click.echo(json.dumps({**measured, **losses, **counts, "rules": steps, "written": str(output)}, indent=2))
+        return
+    for step in outcome.steps:
+        said = f"largest difference {step.difference:.1e} in float64" if step.kind == "exact" else f"{step.change:+.4f}"
+        click.echo(f"{step.rule:10}  {step.kind:14}  {said}")
+        for note in step.notes:
+            click.echo(f"    note: {note}")
+    for note in outcome.notes:
+        click.echo(f"note: {note}")
+    change = f"{outcome.before:.4f} -> {outcome.after:.4f} ({outcome.after - outcome.before:+.4f})"
+    click.echo(f"{outcome.objective.name}: {change} {outcome.objective.unit}, on {outcome.held_out:,} held-out tokens")
+    click.echo(f"written: {shown(output)}")
 
 
 @main.command(name="rules")
