@@ -21,7 +21,7 @@ from codemods._rmsnorm_sites import (
     Site,
     classes_of,
 )
-from modernizer.edit import AddArgument, Delete, Edit
+from modernizer.edit import AddArgument, Delete, Edit, Replace
 from modernizer.graph.query import is_none, origin
 from modernizer.graph.values import Class, Const, External, Frame, Value
 from modernizer.imports import Imports
@@ -78,7 +78,11 @@ class Editor:
 
     def _direct(self, site: Site, work: Work) -> None:
         source = site.frame.scope.source
-        work.replaced.append((site.call.func, self.reference(RMS_NORM, source, site.call, work), ()))
+        text, func = self.reference(RMS_NORM, source, site.call, work), site.call.func
+        if isinstance(func, ast.Attribute) and text.rpartition(".")[0] == source.code(func.value):
+            work.edits.append(Replace(source.path, func, text))  # nothing is needed less than before
+        else:
+            work.replaced.append((func, text, ()))
         work.edits += self._arguments(site.call, source, 0)
 
     def _arguments(self, call: ast.Call, source: SourceFile, first: int) -> list[Edit]:

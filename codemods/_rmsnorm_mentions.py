@@ -17,6 +17,9 @@ CALLED, PARTIAL, ASKED, LISTED, COMPARED, QUIET, HANDED_ON = (
 )  # fmt: skip
 
 
+KNOWING = frozenset({ASKED, LISTED, COMPARED})  # where code does something else for norms than for other modules
+
+
 @dataclass(frozen=True, eq=False)
 class Mention:
     """A place that names the class of a norm, and what for. `owner` is the class of the program, None for torch's."""

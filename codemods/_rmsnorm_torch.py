@@ -102,8 +102,6 @@ def _renamed(layers: TorchLayers, place: ast.expr, source: SourceFile) -> Iterat
 
 
 def _argument(call: ast.Call, frame: Frame) -> Edit:
-    if any(k.arg is None for k in call.keywords):
-        raise Refused("torch's layer is made with arguments that are not written out")
     return AddArgument(frame.path, call, "True", "rms_norm")
 
 

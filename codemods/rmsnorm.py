@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from codemods._rmsnorm_edits import Editor, Work
-from codemods._rmsnorm_mentions import CALLED, Mention, known_changes, mentions_of, reads_bias_by_name
+from codemods._rmsnorm_fold import Exact, NotExact, prove
+from codemods._rmsnorm_mentions import CALLED, KNOWING, Mention, known_changes, mentions_of, reads_bias_by_name
 from codemods._rmsnorm_sites import OWN, RMS_NORM, Refused, Site, attending, program_of, sites
 from codemods._rmsnorm_torch import TorchLayers, torch_edits, torch_layers
 from modernizer.edit import AddArgument, AddImport, Delete, Edit, Replace
@@ -42,7 +43,7 @@ class RMSNorm(Rule):
     """LayerNorm, torch's or written out, becomes `nn.RMSNorm` of the same eps."""
 
     name: ClassVar[str] = "rmsnorm"
-    summary: ClassVar[str] = "layer norms of transformers become RMSNorm"
+    summary: ClassVar[str] = "layer norms of transformers become RMSNorm, on pre-norm models with the same outputs"
     effect: ClassVar[Effect] = Effect.PARAMETERS
     after: ClassVar[Sequence[str]] = ("prenorm",)
 
@@ -153,6 +154,8 @@ class _Group:
         calls = {s.call for s in done}
         for mention in self.mentions if done else ():
             owner = mention.owner
+            if mention.kind not in KNOWING:
+                continue
             if owner is not None and kinds.get(owner.node) != OWN:
                 continue  # a class made from torch's keeps its name
             if owner is None and not any(s.cls is None for s in done):
@@ -189,10 +192,26 @@ class _Group:
         for known, code, holes, added in changes:
             removal.replace(known, code, holes)
             edits += [added] if added is not None else []
-        removal.settle()
+        if removal.replaced or removal.dropped:
+            removal.settle()
+        exact, why_not = self._exact(done)
+        edits += exact.edits if exact is not None else []
         count = len({s.call for s in done})
         what = "a layer norm becomes an RMSNorm" if count == 1 else f"{count} layer norms become RMSNorms"
-        return Upgrade(done[0].location, what, _distinct([*edits, *removal.edits()]), tuple(self._notes(done)))
+        whole = _distinct([*edits, *removal.edits()])
+        if exact is None:
+            return Upgrade(done[0].location, what, whole, (f"not exact: {why_not}", *self._notes(done)))
+        notes = tuple(_exact_notes(exact))
+        return Upgrade(done[0].location, what, whole, notes, exact.weights, Effect.EXACT)
+
+    def _exact(self, done: Sequence[Site]) -> tuple[Exact | None, str]:
+        """How the outputs are kept, or why they cannot be."""
+        if len(done) < len(self.sites):
+            return None, "other norms of the same model stay"
+        try:
+            return prove(self.model, done, self.works), ""
+        except NotExact as why:
+            return None, str(why)
 
     def _notes(self, done: Sequence[Site]) -> Iterator[str]:
         yield ANEW
@@ -207,6 +226,21 @@ class _Group:
                 line = file.text.count("\n", 0, found.start()) + 1
                 yield f"{shown(file.path)}:{line} loads weights: those of a model with layer norms do not fit any more"
                 return
+
+
+def _exact_notes(exact: Exact) -> Iterator[str]:
+    yield (
+        "the means and biases of the norms go into the weights around them: a trained model is the same after"
+        " `modernize migrate`; --reverse gives weights of the old model that do the same, not the old numbers"
+    )
+    if exact.given:
+        yield f"{_layers(exact.given)} no bias to take up that of a norm, and got one"
+    if exact.has_dropout:
+        yield "while dropout acts in training, what it leaves has a mean, which an RMSNorm does not subtract"
+
+
+def _layers(count: int) -> str:
+    return "one place made layers that had" if count == 1 else f"{count} places made layers that had"
 
 
 def _distinct(edits: Iterable[Edit]) -> tuple[Edit, ...]:

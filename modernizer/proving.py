@@ -30,7 +30,7 @@ def prove(report: Report, paths: Sequence[Path], experiment: Experiment, options
 
     from modernizer.verify import verify
 
-    made = {site.rule: site.effect for site in report.sites if site.status.is_made}
+    made = [site for site in report.sites if site.status.is_made]
     target = _target(paths)
     root = _import_root(target)
     with tempfile.TemporaryDirectory(prefix="modernizer-after-") as folder:
@@ -41,9 +41,9 @@ def prove(report: Report, paths: Sequence[Path], experiment: Experiment, options
             copy / target.relative_to(root),
             experiment.model,
             experiment.inputs,
-            effect=weakest(made.values()),
+            effect=weakest(site.effect for site in made),
             call=experiment.call,
-            rules=list(made),
+            rules=list(dict.fromkeys(site.rule for site in made)),
             timeout=experiment.timeout,
             budget=None if options.get("keep_hidden") else 2.0,
         )

@@ -113,7 +113,8 @@ def place(location: Location) -> str:
 
 def upgrade_site(status: Status, rule: Rule, upgrade: Upgrade) -> Site:
     """The site of an upgrade that is, can be or would be made."""
-    return Site(status, rule.name, rule.effect, upgrade.location, upgrade.summary, notes=upgrade.notes)
+    effect = upgrade.effect or rule.effect
+    return Site(status, rule.name, effect, upgrade.location, upgrade.summary, notes=upgrade.notes)
 
 
 def refused_site(rule: Rule, location: Location, reason: str, hint: str = "") -> Site:

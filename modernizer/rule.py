@@ -57,6 +57,7 @@ class Upgrade:
     edits: tuple[Edit, ...]
     notes: tuple[str, ...] = ()  # what the user should know or do afterwards
     weights: WeightMap | None = None  # how a trained checkpoint becomes one of the rewritten model
+    effect: Effect | None = None  # what it promises, where that is more than its rule does
 
 
 @dataclass(frozen=True)

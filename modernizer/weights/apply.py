@@ -1,4 +1,4 @@
-"""Carries tensors over by a weight map: they are joined, cut, filled up and scaled, others handed on."""
+"""Carries tensors over by a weight map: they are joined, cut, filled up, scaled and folded, others handed on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modernizer.weights.maps import MapError, WeightMap
+from modernizer.weights.folding import centred, folded, unfolded
+from modernizer.weights.maps import Centre, Fold, MapError, Unfold, WeightMap
 from modernizer.weights.resolve import Move, Shape, outcome, resolve
 
 
@@ -26,7 +27,8 @@ class Carried:
 def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Carried:
     """The state dict of the rewritten model from that of the old one.
 
-    Values stay bit for bit where they are joined, cut and filled up; only `Scale` multiplies. What is no tensor stays
+    Values stay bit for bit where they are joined, cut and filled up; only `Scale`,
+    `Centre` and `Fold` compute. What is no tensor stays
     where it is; tensors that share memory in the old state (tied weights) do in the new one. `like` is a state dict
     such as shall come out, of a model of the same sizes: it tells how long the parts of a tensor are that is cut, where
     the map does not.
@@ -67,7 +69,14 @@ def _wanted(weights: WeightMap, last: Mapping[str, Shape]) -> list[Mapping[str, 
 
 
 def _moved(move: Move, state: Mapping[str, Any], done: dict[object, list[Tensor]]) -> list[Tensor]:
+    if isinstance(move.step, Fold | Unfold):
+        return folded(move.step, state) if isinstance(move.step, Fold) else unfolded(move.step, state)
     parts: list[Tensor] = [state[name] for name in move.old]
+    if isinstance(move.step, Centre):
+        known = (_memory(parts[0]), move.axis, "centre")
+        if known not in done:
+            done[known] = [centred(parts[0], move.axis)]
+        return done[known]
     if len(move.old) == len(move.new) == 1 and move.fill is None and not move.factors:
         return parts
     key = (tuple(map(_memory, parts)), move.axis, move.sizes, move.fill, move.factors)

@@ -135,14 +135,100 @@ class Scale:
         return Scale(self.new, self.old, tuple(1 / factor for factor in self.factors), self.axis, self.optional)
 
 
-Step = Concat | Split | Widen | Narrow | Scale
+@dataclass(frozen=True)
+class Centre:
+    """A tensor loses its mean along `axis`, as everything does that writes to a stream whose norms subtract it.
+
+    The way back leaves it as it is: under the old norms it does what the old one did.
+    """
+
+    old: str
+    axis: int = 0
+    optional: bool = False
+
+    @property
+    def new(self) -> str:
+        return self.old
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.old,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.old,)
+
+    def inverted(self) -> Concat:
+        return Concat((self.old,), self.old, optional=self.optional)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads a norm: a weight, whose outputs are along `axis`, and a bias.
+
+    Of several layers in one tensor only the `parts` of `of` equal ones read it. `made`: the old model has no bias.
+    """
+
+    weight: str
+    bias: str
+    axis: int = 0
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
+    made: bool = False
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The bias of a norm goes: what reads the norm adds `weight @ old` to its own. `optional`: there may be none."""
+
+    old: str
+    readers: tuple[Reader, ...]
+    optional: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.old, *(r.weight for r in self.readers), *(r.bias for r in self.readers if not r.made))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (*(r.weight for r in self.readers), *(r.bias for r in self.readers))
+
+    def inverted(self) -> Unfold:
+        return Unfold(self.old, self.readers, self.optional)
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """A way back from `Fold`: a bias of the norm with which the old model computes what the new one does.
+
+    It is zero, and the readers keep theirs; unless the old model has no bias there: then it is what gives those.
+    """
+
+    old: str  # the bias of the norm, which is made
+    readers: tuple[Reader, ...]
+    optional: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (*(r.weight for r in self.readers), *(r.bias for r in self.readers))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.old, *(r.weight for r in self.readers), *(r.bias for r in self.readers if not r.made))
+
+    def inverted(self) -> Fold:
+        return Fold(self.old, self.readers, self.optional)
+
+
+Step = Concat | Split | Widen | Narrow | Scale | Centre | Fold | Unfold
 
 
 @dataclass(frozen=True)
 class Group:
     """What happens to the tensors of one class. Names are relative to the module, wherever it sits in a model.
 
-    A place in a state dict belongs to the group where every source that is not optional stands below it.
+    A place in a state dict belongs to the group where every source that is not optional stands below it. A `*` in a
+    name is any number: `layers.*.norm.bias`; in one step the first stars of all names are the same numbers.
     """
 
     owner: str  # the class, for people
@@ -208,6 +294,11 @@ def together(maps: Iterable[WeightMap]) -> WeightMap:
 def _group_data(group: Group) -> dict[str, Any]:
     data: dict[str, Any] = {"class": group.owner, "steps": []}
     for step in group.steps:
+        if isinstance(step, Fold | Unfold):
+            readers = [_reader_data(reader) for reader in step.readers]
+            named: dict[str, Any] = {"do": type(step).__name__.lower(), "bias": step.old, "readers": readers}
+            data["steps"].append(named | ({"optional": True} if step.optional else {}))
+            continue
         old, new = (list(part) if isinstance(part, tuple) else part for part in (step.old, step.new))
         item: dict[str, Any] = {"do": type(step).__name__.lower(), "old": old, "new": new, "axis": step.axis}
         item |= {name: True for name in ("equal", "optional") if getattr(step, name, False)}
@@ -215,10 +306,16 @@ def _group_data(group: Group) -> dict[str, Any]:
             item["fill"] = step.fill
         elif isinstance(step, Scale):
             item["factors"] = list(step.factors)
-        elif step.sizes:
+        elif not isinstance(step, Centre) and step.sizes:
             item["sizes"] = list(step.sizes)
         data["steps"].append(item)
     return data
+
+
+def _reader_data(reader: Reader) -> dict[str, Any]:
+    data: dict[str, Any] = {"weight": reader.weight, "bias": reader.bias, "axis": reader.axis}
+    data |= {"parts": list(reader.parts), "of": reader.of} if reader.of > 1 else {}
+    return data | ({"made": True} if reader.made else {})
 
 
 def _group(data: Mapping[str, Any]) -> Group:
@@ -226,8 +323,12 @@ def _group(data: Mapping[str, Any]) -> Group:
 
 
 def _step(data: Mapping[str, Any]) -> Step:
-    if data["do"] in ("widen", "narrow", "scale"):
+    if data["do"] in ("widen", "narrow", "scale", "centre"):
         return _of_one(data)
+    if data["do"] in ("fold", "unfold"):
+        readers = tuple(_reader(item) for item in data["readers"])
+        kind = Fold if data["do"] == "fold" else Unfold
+        return kind(str(data["bias"]), readers, bool(data.get("optional", False)))
     rest: dict[str, Any] = {
         "axis": int(data["axis"]),
         "equal": bool(data.get("equal", False)),
@@ -246,6 +347,14 @@ def _of_one(data: Mapping[str, Any]) -> Step:
     if not isinstance(data["old"], str) or not isinstance(data["new"], str):
         raise ValueError(f"{data['do']} takes one name and gives one")
     names, axis, optional = (data["old"], data["new"]), int(data["axis"]), bool(data.get("optional", False))
+    if data["do"] == "centre":
+        return Centre(names[0], axis, optional)
     if data["do"] == "scale":
         return Scale(*names, tuple(map(float, data["factors"])), axis, optional)
     return (Widen if data["do"] == "widen" else Narrow)(*names, axis, float(data["fill"]), optional)
+
+
+def _reader(data: Mapping[str, Any]) -> Reader:
+    parts = tuple(int(part) for part in data.get("parts", (0,)))
+    names = str(data["weight"]), str(data["bias"])
+    return Reader(*names, int(data["axis"]), parts, int(data.get("of", 1)), bool(data.get("made", False)))

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from modernizer.weights.maps import Concat, Group, MapError, Narrow, Scale, Split, Step, Widen
+from modernizer.weights.maps import (
+    Centre,
+    Concat,
+    Fold,
+    Group,
+    MapError,
+    Narrow,
+    Scale,
+    Split,
+    Step,
+    Unfold,
+    Widen,
+)
+from modernizer.weights.stars import STAR, spread
 
 Shape = tuple[int, ...]
 
@@ -25,6 +38,7 @@ class Move:
     sizes: tuple[int, ...]  # along the axis, of the parts; of a tensor that stays one, what it shall be
     fill: float | None = None  # what the second half is filled with, or must be filled with to go
     factors: tuple[float, ...] = ()  # of the equal parts of a tensor that stays one
+    step: Fold | Unfold | Centre | None = None  # what computes: its names are those of the tensors
 
 
 def resolve(
@@ -38,8 +52,8 @@ def resolve(
     taken: dict[str, tuple[str, Group]] = {}
     made: dict[str, list[Move]] = {}  # by the first of the old names, in the order of the file
     for group in groups:
-        for prefix in _prefixes(group, shapes):
-            moves = [move for step in group.steps if (move := _move(step, prefix, shapes, like or {}))]
+        for prefix, steps in _places(group, shapes):
+            moves = [move for step in steps if (move := _move(step, prefix, shapes, like or {}))]
             used = [name for move in moves for name in move.old]
             for name in used:
                 if name in taken:
@@ -47,7 +61,7 @@ def resolve(
                 taken[name] = (prefix, group)
             for move in moves:
                 made.setdefault(move.old[0], []).append(move)
-    if not made and groups:
+    if not made and any(not step.optional for group in groups for step in group.steps):
         raise MapError(f"no tensor here is one that this map moves ({', '.join(group.owner for group in groups)})")
     result: list[Move] = []
     for name in shapes:
@@ -59,6 +73,14 @@ def resolve(
     if twice:
         raise MapError(f"{twice[0]}: is there already; was this checkpoint migrated before?")
     return result
+
+
+def _places(group: Group, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Sequence[Step]]]:
+    """Where a group applies, and its steps there, without stars."""
+    if any(STAR in name for step in group.steps for name in (*step.sources, *step.targets)):
+        yield from ((prefix, steps) for prefix, steps in spread(group, shapes))
+    else:
+        yield from ((prefix, group.steps) for prefix in _prefixes(group, shapes))
 
 
 def _prefixes(group: Group, shapes: Mapping[str, Shape]) -> list[str]:
@@ -86,6 +108,9 @@ def outcome(moves: Sequence[Move], shapes: Mapping[str, Shape]) -> dict[str, Sha
     """The names and shapes that moves make of these."""
     made: dict[str, Shape] = {}
     for move in moves:
+        if move.step is not None:
+            made |= _shapes_of(move.step, shapes)
+            continue
         old = shapes[move.old[0]]
         lengths = move.sizes if len(move.new) > 1 else (sum(move.sizes),)
         for name, length in zip(move.new, lengths, strict=False):
@@ -93,18 +118,60 @@ def outcome(moves: Sequence[Move], shapes: Mapping[str, Shape]) -> dict[str, Sha
     return made
 
 
+def _shapes_of(step: Fold | Unfold | Centre, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    made = {name: shapes[name] for name in step.targets if name in shapes}
+    for reader in step.readers if not isinstance(step, Centre) else ():
+        outputs, inputs = shapes[reader.weight] if reader.axis == 0 else shapes[reader.weight][::-1]
+        made[step.old if isinstance(step, Unfold) else reader.bias] = (inputs if isinstance(step, Unfold) else outputs,)
+    return made
+
+
 def _move(step: Step, prefix: str, shapes: Mapping[str, Shape], like: Mapping[str, Shape]) -> Move | None:
     old = tuple(prefix + name for name in step.sources)
     new = tuple(prefix + name for name in step.targets)
     missing = [name for name in old if name not in shapes]
+    if isinstance(step, Fold | Unfold):
+        return _fold(step, prefix, shapes, like)
     if step.optional and len(missing) == len(old):
         return None
     if missing:
         raise MapError(f"{missing[0]}: missing, while {next(n for n in old if n in shapes)} is there")
+    if isinstance(step, Centre):
+        if len(shapes[old[0]]) <= step.axis:
+            raise MapError(f"{old[0]}: of shape {list(shapes[old[0]])}, which has no axis {step.axis}")
+        return Move(old, new, step.axis, (), step=replace(step, old=old[0]))
     if isinstance(step, Widen | Narrow | Scale):
         return _of_one(step, old, new, shapes[old[0]])
     sizes = _joined(step, old, shapes) if isinstance(step, Concat) else _cut(step, old, new, shapes, like)
     return Move(old, new, step.axis, sizes)
+
+
+def _fold(step: Fold | Unfold, prefix: str, shapes: Mapping[str, Shape], like: Mapping[str, Shape]) -> Move | None:
+    """A fold with whole names, if what it folds is there."""
+    readers = tuple(replace(r, weight=prefix + r.weight, bias=prefix + r.bias) for r in step.readers)
+    whole = replace(step, old=prefix + step.old, readers=readers)
+    if isinstance(step, Fold) and step.optional and whole.old not in shapes:
+        return None
+    if isinstance(step, Unfold) and step.optional:
+        if not like:
+            raise MapError(
+                f"{whole.old}: whether the old model has it is not in the map; any checkpoint of it tells (--like)"
+            )
+        if whole.old not in like:
+            return None
+    for name in whole.sources:
+        if name not in shapes:
+            raise MapError(f"{name}: missing, while {next(n for n in whole.sources if n in shapes)} is there")
+    for reader in readers:
+        shape = shapes[reader.weight]
+        if len(shape) != 2 or shape[reader.axis] % reader.of:
+            raise MapError(f"{reader.weight}: of shape {list(shape)}, which is no layer of {reader.of} parts")
+        inputs = shape[1 - reader.axis]
+        if isinstance(step, Fold) and shapes[whole.old] != (inputs,):
+            raise MapError(
+                f"{whole.old}: of shape {list(shapes[whole.old])}, while {reader.weight} reads {inputs} features"
+            )
+    return Move(whole.sources, whole.targets, 0, (), step=whole)
 
 
 def _of_one(step: Widen | Narrow | Scale, old: tuple[str, ...], new: tuple[str, ...], shape: Shape) -> Move:

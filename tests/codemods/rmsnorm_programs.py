@@ -394,3 +394,196 @@ class Net(nn.Module):
 """
 
 UNTOUCHED = {"convolutions": CONVOLUTIONS, "recurrent": RECURRENT}
+
+# -- pre-norm models whose outputs stay, and such in which something stands in the way
+
+HEADS = """
+class Head(nn.Module):
+    def __init__(self, dim, size):
+        super().__init__()
+        self.key = nn.Linear(dim, size, bias=False)
+        self.query = nn.Linear(dim, size, bias=False)
+        self.value = nn.Linear(dim, size, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        scores = q @ k.transpose(-2, -1) * k.size(-1) ** -0.5
+        return F.softmax(scores, dim=-1) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads=2):
+        super().__init__()
+        self.heads = nn.ModuleList([Head(dim, dim // heads) for _ in range(heads)])
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.dropout(self.proj(torch.cat([head(x) for head in self.heads], dim=-1)))
+"""
+
+TABLED = NET.replace(
+    "        self.layers", "        self.positions = nn.Embedding(6, dim)\n        self.layers"
+).replace(
+    "x = self.embedding(tokens)",
+    "x = self.embedding(tokens) * math.sqrt(8) + self.positions(torch.arange(tokens.size(1)))",
+)
+LEARNED = NET.replace(
+    "        self.layers", "        self.positions = nn.Parameter(torch.randn(1, 6, dim))\n        self.layers"
+).replace("x = self.embedding(tokens)", "x = self.embedding(tokens) + self.positions[:, :tokens.size(1)]")
+BUFFERED = NET.replace(
+    "        self.layers",
+    """        table = torch.zeros(6, dim)
+        place = torch.arange(6).unsqueeze(1).float()
+        rate = torch.exp(torch.arange(0, dim, 2).float() * (-math.log(10000.0) / dim))
+        table[:, 0::2] = torch.sin(place * rate)
+        table[:, 1::2] = torch.cos(place * rate)
+        self.register_buffer("table", table.unsqueeze(0))
+        self.layers""",
+).replace("x = self.embedding(tokens)", "x = self.embedding(tokens) + self.table[:, :tokens.size(1)]")
+
+CONV1D = """
+class Conv1D(nn.Module):
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.outputs = outputs
+
+    def forward(self, x):
+        size = x.size()[:-1] + (self.outputs,)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*size)
+"""
+GPT2 = (
+    own("nn.LayerNorm(dim)", more=CONV1D)
+    .replace("self.qkv = nn.Linear(dim, 3 * dim)", "self.qkv = Conv1D(3 * dim, dim)")
+    .replace("self.out = nn.Linear(dim, dim)", "self.out = Conv1D(dim, dim)")
+)
+
+SEQ2SEQ = (
+    HEAD
+    + """
+class Encode(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim, 1e-6)
+        self.attention = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim, bias=False))
+
+    def forward(self, x):
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class Decode(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim, bias=False)
+        self.own = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim, bias=False), nn.ReLU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x, memory):
+        h = self.norm1(x)
+        x = x + self.own(h, h, h, need_weights=False)[0]
+        x = x + self.cross(self.norm2(x), memory, memory, need_weights=False)[0]
+        return x + self.mlp(self.norm3(x))
+
+
+class Net(nn.Module):
+    def __init__(self, dim=8):
+        super().__init__()
+        self.embedding = nn.Embedding(11, dim)
+        self.encoder = nn.ModuleList(Encode(dim) for _ in range(2))
+        self.decoder = nn.ModuleList(Decode(dim) for _ in range(2))
+        self.norm, self.final = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 11, bias=False)
+
+    def forward(self, source, target):
+        memory = self.embedding(source).transpose(0, 1).transpose(0, 1)
+        for layer in self.encoder:
+            memory = layer(memory)
+        memory = self.norm(memory)
+        x = self.embedding(target)
+        for layer in self.decoder:
+            x = layer(x, memory)
+        return self.head(self.final(x))
+
+
+def run(net):
+    return net(torch.arange(12).view(2, 6) % 11, torch.arange(8).view(2, 4) % 7)
+"""
+)
+
+EXACT = {name: FORMS[name] for name in FORMS if name not in ("post-norm", "a function")} | {
+    name: WRITTEN_OUT[name] for name in WRITTEN_OUT if "unbiased" not in name
+} | {
+    "heads without biases": own("nn.LayerNorm(dim)").replace(ATTENTION, HEADS),
+    "a table of positions": own("nn.LayerNorm(dim)", net=TABLED),
+    "a parameter of positions": own("nn.LayerNorm(dim)", net=LEARNED),
+    "a buffer of positions": own("nn.LayerNorm(dim)", net=BUFFERED),
+    "layers of the program's own": GPT2,
+    "two streams": SEQ2SEQ,
+    "only one layer": own("nn.LayerNorm(dim)").replace("for _ in range(2)", "for _ in range(1)"),
+    "layers that are counted by an argument": own("nn.LayerNorm(dim)").replace("range(2)", "range(depth)").replace(
+        "dim=8):", "dim=8, depth=3):"
+    ),
+    "a writer without a bias": own("nn.LayerNorm(dim)").replace("self.out = nn.Linear(dim, dim)", "self.out = nn.Linear(dim, dim, bias=False)"),
+    "the last position alone": own("nn.LayerNorm(dim)").replace("self.head(self.final(x))", "self.head(self.final(x[:, -1]))"),
+}  # fmt: skip
+
+TIED = NET.replace(
+    "        self.head = nn.Linear(dim, 11)\n",
+    "        self.head = nn.Linear(dim, 11)\n        self.head.weight = self.embedding.weight\n",
+)
+TIED_LATER = (
+    NET
+    + """
+
+def tie(net):
+    net.head.weight = net.embedding.weight
+"""
+)
+RAW = NET.replace("return self.head(self.final(x))", "return self.head(self.final(x)) + x.sum(-1, keepdim=True)")
+RETURNED = NET.replace("return self.head(self.final(x))", "return self.final(x)")
+UNNORMED = NET.replace("return self.head(self.final(x))", "return self.head(self.final(x)), x").replace(
+    "return net(torch.arange(12).view(2, 6) % 11)", "return net(torch.arange(12).view(2, 6) % 11)[0]"
+)
+COLLECTED = NET.replace("            x = layer(x)\n", "            x = layer(x)\n            self.last = x\n")
+SHIFTED = NET.replace("x = self.embedding(tokens)", "x = self.embedding(tokens) + 1.0")
+NORMED = NET.replace("        self.layers", "        self.first = nn.LayerNorm(dim)\n        self.layers").replace(
+    "x = self.embedding(tokens)", "x = self.first(self.embedding(tokens))"
+)
+FED = (
+    NET.replace("        self.embedding = nn.Embedding(11, dim)\n", "")
+    .replace("x = self.embedding(tokens)", "x = tokens")
+    .replace(
+        "torch.arange(12).view(2, 6) % 11", "torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1)).double()"
+    )
+)
+TWICE_USED = NET.replace(
+    "            x = layer(x)\n",
+    "            x = layer(x)\n        side = self.layers[0].mlp[2](torch.ones(16).to(x))\n",
+).replace("return self.head(self.final(x))", "return self.head(self.final(x)) + side.sum()")
+BOUNDED = NET.replace("nn.Embedding(11, dim)", "nn.Embedding(11, dim, max_norm=1.0)")
+OPEN_BIAS = own("nn.LayerNorm(dim)", block=BLOCK.replace("def __init__(self, dim):", "def __init__(self, dim, bias=True):").replace(
+    "nn.Linear(dim, 2 * dim)", "nn.Linear(dim, 2 * dim, bias=bias)"
+), net=NET.replace("def __init__(self, dim=8):", "def __init__(self, dim=8, bias=True):").replace("Block(dim)", "Block(dim, bias)"))  # fmt: skip
+
+NOT_EXACT = {
+    "post-norm": FORMS["post-norm"],
+    "an unbiased deviation": WRITTEN_OUT["the deviation, unbiased"],
+    "a tied head": own("nn.LayerNorm(dim)", net=TIED),
+    "a head that is tied later": own("nn.LayerNorm(dim)", net=TIED_LATER),
+    "a stream that is read raw": own("nn.LayerNorm(dim)", net=RAW),
+    "a norm that is put out": own("nn.LayerNorm(dim)", net=RETURNED),
+    "a stream that is put out": own("nn.LayerNorm(dim)", net=UNNORMED),
+    "a stream that is kept": own("nn.LayerNorm(dim)", net=COLLECTED),
+    "a number that is added": own("nn.LayerNorm(dim)", net=SHIFTED),
+    "a stream that starts with a norm": own("nn.LayerNorm(dim)", net=NORMED),
+    "features from outside": own("nn.LayerNorm(dim)", net=FED),
+    "a writer that serves two ends": own("nn.LayerNorm(dim)", net=TWICE_USED),
+    "an embedding of bounded norm": own("nn.LayerNorm(dim)", net=BOUNDED),
+    "a bias that an argument decides on": OPEN_BIAS,
+}  # fmt: skip

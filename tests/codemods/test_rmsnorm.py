@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,29 @@ from unittest import mock
 
 import pytest
 import torch
-from rmsnorm_programs import ATTENTION, BLOCK, FORMS, HEAD, NET, REFUSED, UNTOUCHED, WRITTEN_OUT, own
+from click.testing import CliRunner
+from rmsnorm_programs import (
+    ATTENTION,
+    BLOCK,
+    EXACT,
+    FORMS,
+    HEAD,
+    NET,
+    NOT_EXACT,
+    REFUSED,
+    UNTOUCHED,
+    WRITTEN_OUT,
+    own,
+)
 from torch import Tensor, nn
 
+from modernizer.cli import main
 from modernizer.pipeline import check, upgrade
 from modernizer.registry import select
 from modernizer.report import Report, Status
+from modernizer.rule import Effect
+from modernizer.weights import MapError, WeightMap
+from modernizer.weights.apply import carry
 
 
 def apply(path: Path, *rules: str) -> Report:
@@ -257,3 +274,145 @@ def test_torchs_layers_become_ours_with_rms_norms(stack: str, first: bool, tmp_p
         check_equal(text, new)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+# -- the outputs stay
+
+
+def upgraded(folder: Path, text: str) -> tuple[str, WeightMap | None, Report]:
+    path = folder / "program.py"
+    path.write_text(text)
+    report = apply(path)
+    new = path.read_text()
+    assert Status.DONE in statuses(report), report.sites
+    assert Status.DONE not in statuses(apply(path)) and path.read_text() == new
+    return new, report.weights, report
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+def with_state(scope: dict[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    net = scope["Net"]().double().eval()
+    assert isinstance(net, nn.Module)
+    net.load_state_dict(dict(state))
+    return net
+
+
+def gap(first: Tensor, second: Tensor) -> float:
+    return float(((first - second).abs().max() / first.abs().max()).detach())
+
+
+@pytest.mark.parametrize("form", EXACT)
+def test_a_pre_norm_model_keeps_its_outputs_with_the_weights_carried_over(form: str, tmp_path: Path):
+    new_text, weights, report = upgraded(tmp_path, EXACT[form])
+    assert weights is not None and {s.effect for s in report.sites if s.status is Status.DONE} == {Effect.EXACT}
+    old_scope, new_scope = load(EXACT[form]), load(new_text)
+    state = state_of(moved(old_scope["Net"]()))
+    old = with_state(old_scope, state)
+    new = with_state(new_scope, carry(weights, state).state)
+    assert not any(isinstance(m, nn.LayerNorm) for m in new.modules())
+    assert gap(old_scope["run"](old), new_scope["run"](new)) <= 1e-12
+    back = carry(weights.inverted(), state_of(new), state).state
+    assert back.keys() == state.keys()
+    assert gap(old_scope["run"](old), old_scope["run"](with_state(old_scope, back))) <= 1e-11
+
+
+@pytest.mark.parametrize("form", ["by name", "heads without biases", "two streams", "layers of the program's own"])
+def test_gradients_are_those_of_the_old_model_through_the_map(form: str, tmp_path: Path):
+    """A step in the old weights changes the loss as the step that the map makes of it changes that of the new ones."""
+    new_text, weights, _ = upgraded(tmp_path, EXACT[form])
+    assert weights is not None
+    old_scope, new_scope = load(EXACT[form]), load(new_text)
+    state = state_of(moved(old_scope["Net"]()))
+    torch.manual_seed(1)
+    step = {name: 1e-4 * torch.randn_like(value) for name, value in state.items()}
+    ahead, behind = ({n: v + sign * step[n] for n, v in state.items()} for sign in (1, -1))
+    first, second = carry(weights, ahead).state, carry(weights, behind).state
+    moves = {name: (first[name] - second[name]) / 2 for name in first}
+    slopes = []
+    pairs = (
+        (with_state(old_scope, state), old_scope, step),
+        (with_state(new_scope, carry(weights, state).state), new_scope, moves),
+    )
+    for net, scope, along in pairs:
+        output = scope["run"](net)
+        (
+            output * torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=output.dtype)
+        ).sum().backward()
+        slopes.append(
+            sum(float((p.grad * along[name]).sum()) for name, p in net.named_parameters() if p.grad is not None)
+        )
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("form", NOT_EXACT)
+def test_where_outputs_cannot_be_kept_the_effect_says_so_and_why(form: str, tmp_path: Path):
+    new_text, weights, report = upgraded(tmp_path, NOT_EXACT[form])
+    (site,) = [s for s in report.sites if s.status is Status.DONE]
+    assert weights is None and site.effect is Effect.PARAMETERS
+    assert any(note.startswith("not exact: ") and len(note) > 25 for note in site.notes)
+    scope = load(new_text)
+    assert torch.isfinite(scope["run"](scope["Net"]().double())).all()
+
+
+def test_migrate_carries_a_checkpoint_over_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    text = EXACT["heads without biases"]
+    (tmp_path / "program.py").write_text(text)
+    run = CliRunner()
+    done = run.invoke(main, ["apply", "--rule", "rmsnorm", "program.py"])
+    assert done.exit_code == 0 and "exact:" in done.output and "--reverse" in done.output, done.output
+    scope, new_scope = load(text), load((tmp_path / "program.py").read_text())
+    state = state_of(moved(scope["Net"]()))
+    torch.save(state, "old.pt")
+    assert run.invoke(main, ["migrate", "old.pt", "-o", "new.pt"]).exit_code == 0
+    new = with_state(new_scope, torch.load("new.pt"))
+    assert gap(scope["run"](with_state(scope, state)), new_scope["run"](new)) <= 1e-12
+    assert run.invoke(main, ["migrate", "new.pt", "-o", "back.pt", "--reverse"]).exit_code == 0
+    assert gap(scope["run"](with_state(scope, torch.load("back.pt"))), new_scope["run"](new)) <= 1e-11
+
+
+def test_a_bias_that_was_trained_since_has_no_way_back(tmp_path: Path):
+    _, weights, _ = upgraded(tmp_path, EXACT["heads without biases"])
+    assert weights is not None
+    state = state_of(moved(load(EXACT["heads without biases"])["Net"]()))
+    new = carry(weights, state).state
+    name = "layers.0.attention.heads.0.key.bias"
+    new[name] = new[name] + torch.randn(new[name].shape)
+    other = "layers.0.attention.heads.1.value.bias"
+    new[other] = new[other] + torch.randn(new[other].shape)
+    with pytest.raises(MapError, match="trained since"):
+        carry(weights.inverted(), new)
+
+
+def test_layers_that_are_not_all_alike_are_not_carried_over(tmp_path: Path):
+    _, weights, _ = upgraded(tmp_path, EXACT["by name"])
+    assert weights is not None
+    state = state_of(moved(load(EXACT["by name"])["Net"]()))
+    state["layers.2.gate.weight"] = torch.ones(2, 2)
+    with pytest.raises(MapError, match="not all alike"):
+        carry(weights, state)
+
+
+@pytest.mark.parametrize("rules", ["rmsnorm,fuseqkv", "fuseqkv,rmsnorm"])
+def test_with_fused_projections_the_outputs_stay_too(rules: str, tmp_path: Path):
+    text = own("nn.LayerNorm(dim)").replace(
+        "self.qkv = nn.Linear(dim, 3 * dim)",
+        "self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)",
+    ).replace(
+        "q, k, v = (p.view(b, t, self.heads, c // self.heads).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1))",
+        "q = self.q(x).view(b, t, self.heads, c // self.heads).transpose(1, 2)\n"
+        "        k = self.k(x).view(b, t, self.heads, c // self.heads).transpose(1, 2)\n"
+        "        v = self.v(x).view(b, t, self.heads, c // self.heads).transpose(1, 2)",
+    ).replace("self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)",
+              "self.q = nn.Linear(dim, dim)\n        self.k = nn.Linear(dim, dim)\n        self.v = nn.Linear(dim, dim)")  # fmt: skip
+    path = tmp_path / "program.py"
+    path.write_text(text)
+    report = apply(path, *rules.split(","))
+    assert report.weights is not None and {s.effect for s in report.sites if s.status is Status.DONE} == {Effect.EXACT}
+    old_scope, new_scope = load(text), load(path.read_text())
+    state = state_of(moved(old_scope["Net"]()))
+    new = with_state(new_scope, carry(report.weights, state).state)
+    assert gap(old_scope["run"](with_state(old_scope, state)), new_scope["run"](new)) <= 1e-12
