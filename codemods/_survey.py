@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from codemods._planes import is_sequence
 from modernizer.graph.query import (
     SHAPES,
     VIEWS,
@@ -345,7 +346,7 @@ class Survey:
                 )  # fmt: skip
         above = ancestors(position.stream)
         for node in above.values():
-            if _is_patchify(node):
+            if _is_patchify(node) and not (node.op == "conv2d" and is_sequence(position.stream)):
                 raise Cannot(
                     "the stream is made of image patches or of a convolution over a plane: their places have two"
                     " coordinates, and distance in one order of them is wrong in kind",

@@ -26,6 +26,28 @@ class Add(nn.Module):
         return F.dropout(x + pe[:x.size(1)], 0.1, self.training)
 """,
 )
+FRONT = """
+self.filters = nn.Sequential(nn.Conv2d(1, 2, (1, 3), padding=(0, 1)), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d((1, 2)))
+self.narrow = nn.Linear(DIM, DIM)
+self.places = nn.Parameter(torch.randn(LENGTH, DIM))
+"""
+MORE["position_of_frames_of_a_spectrogram"] = by_position(
+    FRONT,
+    """
+x = self.filters(self.tokens(ids).unsqueeze(1))
+b, c, t, f = x.size()
+x = self.narrow(x.transpose(1, 2).contiguous().view(b, t, c * f))
+x = x + self.places[:t]
+""",
+)
+MORE["position_of_frames_along_the_other_axis_of_a_plane"] = by_position(
+    FRONT.replace("(1, 3), padding=(0, 1)", "(3, 1), padding=(1, 0)").replace("MaxPool2d((1, 2))", "MaxPool2d((2, 1))"),
+    """
+x = self.filters(self.tokens(ids).transpose(1, 2).unsqueeze(1))
+x = self.narrow(x.flatten(1, 2).permute(0, 2, 1))
+x = x + self.places[:x.size(1)]
+""",
+)
 MORE["position_by_option"] = by_position(
     """
     self.kind = kind

@@ -57,6 +57,30 @@ REFUSED = {
         ),
         "two coordinates",
     ),
+    "a_plane_whose_axes_a_view_mixes": (
+        by_position(
+            "self.filters = nn.Conv2d(1, 2, (1, 2), (1, 2))\nself.places = nn.Parameter(torch.randn(1, LENGTH, DIM))",
+            """
+x = self.filters(self.tokens(ids).unsqueeze(1))
+b, c, t, f = x.size()
+x = x.view(b, t, c * f)  # channels were in front of time
+x = x + self.places[:, :t]
+""",
+        ),
+        "two coordinates",
+    ),
+    "image_features_row_by_row": (
+        by_position(
+            "self.filters = nn.Conv2d(3, DIM, 3, padding=1)\nself.places = nn.Parameter(torch.randn(1, LENGTH, DIM))",
+            """
+x = self.filters(ids)
+b, c, h, w = x.shape
+x = x.permute(0, 2, 3, 1).reshape(b, h * w, c)
+x = x + self.places
+""",
+        ),
+        "two coordinates",
+    ),
     "a_table_that_is_read_elsewhere": (
         by_position(
             LEARNED[0],
