@@ -67,6 +67,7 @@ class ALiBi(nn.Module):
         self.head = head
         self.head_axis = head_axis
         self.folded = folded
+        self.strength = 1.0  # of the slopes; a bridge from other positions lets it grow from 0
         self._slopes: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -116,6 +117,8 @@ class ALiBi(nn.Module):
         if is_causal and query_length > 1:
             distance = distance.masked_fill(keys > queries.unsqueeze(1), float("inf"))
         bias = -self._slopes_of(heads, distance.device, wide).view(-1, 1, 1) * distance
+        if self.strength != 1.0:  # what is blocked stays so, at no strength too
+            bias = torch.where(distance.isinf(), bias, self.strength * bias)
         return bias.to(dtype or torch.get_default_dtype())
 
     def attn_mask(

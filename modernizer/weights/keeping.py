@@ -7,7 +7,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from modernizer.rule import Options, Rule
 from modernizer.weights import checkpoint as files
 from modernizer.weights.apply import carry
 from modernizer.weights.batches import Batches, Data, DataError, check_rows, of_iterable, read_data, split
+from modernizer.weights.bridging import BridgeError, Place, at_start, find_places, save_places
 from modernizer.weights.calibrate import NoConversion, Ridges, call_plainly, convert
 from modernizer.weights.maps import MapError
 from modernizer.weights.objective import Objective, choose, main_output, measure
@@ -108,6 +109,7 @@ class _Run:
         self.after = Program.find(request.after, request.model)
         self.checkpoint = files.read(request.checkpoint)
         self.notes: list[str] = []
+        self.places: list[Place] = []
         self.forward = self._forward()
 
     def outcome(self) -> Outcome:
@@ -121,7 +123,13 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix="modernizer-calibrate-") as folder:
             steps, new = self._steps(Path(folder), old, used, measured, objective)
         self._write(self._in_after(new, first))
-        losses = [measure(objective, model, old, self.forward, measured) for model in (old, new)]
+        losses = [measure(objective, old, old, self.forward, measured)]
+        with at_start(new, self.places) if self.places else nullcontext():
+            losses.append(measure(objective, new, old, self.forward, measured))
+        if self.places:
+            beside = self.request.output.with_suffix(".positions.pt")
+            save_places(beside, self.places)
+            self.notes.append(f"the old positions are in {beside.name}: bridge(model, {beside.name!r}, steps=50)")
         return Outcome(objective, steps, losses[0], losses[1], used.tokens, measured.tokens, self.notes)
 
     # -- what comes in
@@ -215,6 +223,16 @@ class _Run:
             program = copy_program(program, folder / str(number), report.changes)
             new = program.build().to(self.device)
             notes = self._carry(rule, report, model, new)
+            if rule.name in POSITIONS and (places := self._bridged(rule, model, new, next(iter(measured)))):
+                with at_start(new, places):
+                    start = measure(objective, new, old, self.forward, measured)
+                    difference = _difference(model, new, self.forward, next(iter(measured)))
+                at_once = measure(objective, new, old, self.forward, measured) - start
+                said = f"{at_once:+.4f} if they are switched at once"
+                steps.append(Step(rule.name, BRIDGED, start - loss, difference, (said,)))
+                self.places += places
+                model, loss = new, start
+                continue
             if rule.name == CALIBRATION:
                 notes += self._convert(model, new, used, measured, objective, old, loss)
             difference = _difference(model, new, self.forward, next(iter(measured)))
@@ -224,6 +242,16 @@ class _Run:
             steps.append(Step(rule.name, kind, now - loss, difference, tuple(notes)))
             model, loss = new, now
         return steps, model
+
+    def _bridged(self, rule: Rule, old: nn.Module, new: nn.Module, batch: Any) -> list[Place]:
+        """Where the old positions were added, so that they may fade out."""
+        if self.places:
+            return []  # one bridge at a time
+        try:
+            return find_places(old, new, self.forward, batch)
+        except BridgeError as error:
+            self.notes.append(f"{rule.name}: no bridge: {error}")
+            return []
 
     def _carry(self, rule: Rule, report: Report, old: nn.Module, new: nn.Module) -> list[str]:
         """Loads the new model with all that can be carried over; says what cannot."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from modernizer import pipeline
 from modernizer.cli import main
 from modernizer.registry import select
+from modernizer.weights import bridge
 from modernizer.weights.batches import DataError, of_iterable, read_data, split
 from modernizer.weights.objective import DISTANCE, DIVERGENCE, NEXT_TOKEN, choose
 from modernizer.weights.programs import Program, ProgramError
@@ -177,6 +178,30 @@ def test_what_has_no_conversion_needs_training(place: Path):
     result = run("--rule", "swiglu")
     assert result.exit_code == 2 and "does not fit the model" in result.output
     assert not (place / "new.pt").exists()
+
+
+def test_positions_are_bridged(place: Path):
+    for name in ("old", "new"):
+        text = OLD.replace("self.layers = nn", "self.pos = nn.Embedding(64, d)\n        self.layers = nn")
+        text = text.replace("self.embed(ids)", "self.embed(ids) + self.pos(torch.arange(ids.size(1)))")
+        (place / name / "model.py").write_text(text)
+    torch.manual_seed(1)
+    torch.save(load(place / "old" / "model.py").state_dict(), "old.pt")
+    upgrade(place, ("rope", "prenorm"))
+    result = run("--rule", "rope,prenorm")
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line}
+    assert "bridged" in lines["rope"] and "0.0000" in lines["rope"] and "switched at once" in result.output
+    model = load(place / "new" / "model.py")
+    model.load_state_dict(torch.load("new.pt"))
+    step = bridge(model, "new.positions.pt", steps=4)
+    old, ids = load(place / "old" / "model.py"), torch.arange(40).view(2, 20) % 13
+    old.load_state_dict(torch.load("old.pt"))
+    with torch.no_grad():
+        wanted, start = old(ids), model(ids)
+        assert [step() for _ in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        end = model(ids)
+    assert (start - wanted).norm() < 0.5 * (end - wanted).norm()
 
 
 def test_other_code_than_the_rules_make_is_found(place: Path):
