@@ -212,14 +212,18 @@ def _refuse_lengths(code: Code, line: Timeline, parts: Sequence[ast.expr], frame
 
 def _check_turns(generation: Generation, line: Timeline) -> None:
     """The second turn must make of the longer sequence what the first made of the shorter one, by the same means."""
-    sequences = set(map(id, generation.grown))
+    sequences = set(map(id, (*generation.grown, *generation.moved)))
     bounds = [generation.start, *generation.ends]
     first, second = (
         [n for n in line.between(a, b) if id(n) not in sequences and _counts(line, n)] for a, b in pairwise(bounds[:3])
     )
+    while second and first and second[0].node is not first[0].node:  # what stands behind the join
+        second.pop(0)
     if len(first) != len(second):
         raise Cannot("the first turn of the loop does something else than the others", generation.location)
-    pairs: dict[int, Value] = {id(generation.grown[0]): generation.grown[1]}
+    pairs: dict[int, Value] = {id(one): other for one, other in generation.pairs}
+    if not pairs:
+        pairs[id(generation.grown[0])] = generation.grown[1]
     pairs |= {id(one): other for one, other, _ in generation.lengths}
     for a, b in zip(first, second, strict=True):
         if a.op != b.op or a.node is not b.node:

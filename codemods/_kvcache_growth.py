@@ -47,17 +47,76 @@ def _by_cat(graph: Graph) -> Iterator[Generation]:
             found[id(node.frame), node.node].append(node)
     for (_, place), every in found.items():
         for loop, repeat, cats in _repeats(graph, place, every):
-            pairs = [_pair(c) for c in cats]
-            sequences = [through(old, IDENTITY) for old, _ in pairs]
-            if len(cats) < 2 or not isinstance(sequences[0], Node):
-                continue
-            if any(a is not b for a, b in zip(sequences[1:], cats, strict=False)):
-                continue
-            cat = cats[0]
-            given = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", cat.kwargs.get("axis", Const(0)))
-            grown = [_at_the_start(pairs[0][0], repeat.first), *cats]
-            added, ends = [new for _, new in pairs], [c.order for c in cats]
-            yield Generation(cat.frame, loop, grown, added, ends, constant(given), rank(grown[0]), repeat)
+            made = _joined(loop, repeat, cats)
+            if made is not None:
+                yield made
+
+
+def _joined(loop: Loop, repeat: Repeat, cats: Sequence[Node]) -> Generation | None:
+    """The generation whose turns make these joins, with its problem where they are not the past and what is new."""
+    if len(cats) < 2:
+        return None
+    pairs = [_pair(c) for c in cats]
+    given = (
+        cats[0].args[1] if len(cats[0].args) > 1 else cats[0].kwargs.get("dim", cats[0].kwargs.get("axis", Const(0)))
+    )
+    axis = constant(given)
+    ends = [c.order for c in cats]
+    front = [_way(new, cat) for (_, new), cat in zip(pairs[1:], cats, strict=False)]
+    start = _at_the_start(pairs[0][1], repeat.first)
+    if start is not None and front and all(way == [] for way in front):
+        made = Generation(
+            cats[0].frame, loop, [start, *cats], [old for old, _ in pairs], ends, axis, rank(start), repeat
+        )
+        made.problem = "what is new is put before the past, which moves"
+        return made
+    start = _at_the_start(pairs[0][0], repeat.first)
+    if start is None:
+        return None
+    ways = [_way(old, base) for (old, _), base in zip(pairs, [start, *cats], strict=False)]
+    if any(way is None for way in ways):
+        return None
+    made = Generation(cats[0].frame, loop, [start, *cats], [new for _, new in pairs], ends, axis, rank(start), repeat)
+    for change in (step for way in ways if way is not None for step in way):
+        pick = (
+            _picked(change, axis if axis is not None else 0, ()) if change.op in ("getitem", "index_select") else None
+        )
+        if pick is None:
+            made.problem = _UNLIKE
+            return made
+        made.picks.append(pick)
+        made.moved.append(change)
+    made.pairs = _paired(start, cats[0], *[way for way in ways[:2] if way is not None])
+    return made
+
+
+def _paired(start: Node, cat: Node, first: Sequence[Node], second: Sequence[Node]) -> list[tuple[Node, Node]]:
+    """The sequence of the first turn and its picked rows, each with what stands in its place in the second turn."""
+    again = {change.node for change in first}
+    earlier = [change for change in second if change.node not in again]  # between the join and the next turn
+    found = [(start, earlier[-1] if earlier else cat)]
+    found += [(one, other) for one in first for other in second if one.node is other.node]
+    return found
+
+
+_UNLIKE = "what is past is changed, moved or dropped from turn to turn"
+_CHANGES = frozenset("getitem setitem index_select masked_fill where roll flip gather".split())
+
+
+def _way(value: Value, base: Node, deep: int = 0) -> list[Node] | None:
+    """The changes that made one tensor of another, first to last; None where it is not made so."""
+    value = through(value, IDENTITY)
+    if value is base or through(base, IDENTITY) is value:
+        return []
+    if not isinstance(value, Node) or value.order <= base.order or deep > 8 or not value.args:
+        return None
+    if value.op == "merge":
+        ways = [way for option in value.args if (way := _way(option, base, deep + 1)) is not None]
+        return [*ways[0], value] if ways else None
+    if value.op not in _CHANGES:
+        return None
+    way = _way(value.args[0], base, deep + 1)
+    return None if way is None else [*way, value]
 
 
 def _repeats(graph: Graph, place: ast.AST, nodes: Sequence[Node]) -> Iterator[tuple[Loop, Repeat, list[Node]]]:
@@ -75,13 +134,15 @@ def _pair(cat: Node) -> tuple[Value, Value]:
     return old, new
 
 
-def _at_the_start(old: Value, start: int) -> Node:
+def _at_the_start(old: Value, start: int) -> Node | None:
     """The sequence as it was when the loop began: before it copies or casts it."""
     value = old
     while isinstance(value, Node) and value.order >= start:
-        value = through(value, IDENTITY) if value.op == "merge" else value.args[0]
-    assert isinstance(value, Node)
-    return value
+        inner = through(value, IDENTITY) if value.op == "merge" else value.args[0] if value.args else None
+        if inner is None or inner is value:
+            return None
+        value = inner
+    return value if isinstance(value, Node) else None
 
 
 # -- lists to which what is new is appended
@@ -245,8 +306,11 @@ def _filled(graph: Graph, loop: ast.For, repeat: Repeat, windows: Sequence[Node]
     later = _same_changes(graph, chain, second, repeat)
     turns = [chain, later]
     lengths = _lengths(graph, loop, repeat, ahead)
+    if not later:
+        return None
     added: list[Value] = []
     picks: list[Pick] = []
+    problem = ""
     for turn in turns:
         written = 0
         for change in turn:
@@ -257,14 +321,18 @@ def _filled(graph: Graph, loop: ast.For, repeat: Repeat, windows: Sequence[Node]
                 added.append(change.args[2])
                 written += 1
             else:
-                return None
+                problem = _UNLIKE
+                added += change.args[2:3] if change.op == "setitem" else ()
         if written != 1:
-            return None
+            problem = _UNLIKE
+    if len(added) < 2:
+        return None
     ends = [turn[-1].order for turn in turns]
     made = Generation(
         repeat.frame, loop, list(windows), added, ends, axis, rank(windows[0]), repeat, adds_one=True, picks=picks
     )
     made.lengths = lengths
+    made.problem = problem
     return made
 
 
@@ -316,7 +384,11 @@ def _picked(change: Node, axis: int, lengths: _Lengths) -> Pick | None:
             return None
         if not _reaches_the_end(change.args[1], axis, lengths):
             return None
-    if axis == 0 or not isinstance(read.node, ast.Subscript):
+    if axis == 0:
+        return None
+    if read.op == "index_select":
+        return _selected(change)
+    if not isinstance(read.node, ast.Subscript):
         return None
     rows, *rest = _parts_of(read.node)
     if isinstance(rows, ast.Slice | ast.Constant) or (change.op == "getitem" and not all(map(_is_full, rest))):
@@ -325,6 +397,18 @@ def _picked(change: Node, axis: int, lengths: _Lengths) -> Pick | None:
     if not isinstance(index, Node) or index.op == "slice" or rank(index) not in (None, 1):
         return None
     return Pick(change, rows, index)
+
+
+def _selected(change: Node) -> Pick | None:
+    """`x.index_select(0, rows)`."""
+    call = change.node
+    dim, index = (
+        change.args[i] if len(change.args) > i else change.kwargs.get(n) for i, n in ((1, "dim"), (2, "index"))
+    )
+    if not isinstance(call, ast.Call) or dim is None or not is_const(dim, 0) or not isinstance(index, Node):
+        return None
+    named = [k.value for k in call.keywords if k.arg == "index"]
+    return Pick(change, named[0] if named else call.args[-1], index)
 
 
 def _reaches_the_end(index: Value, axis: int, lengths: _Lengths) -> bool:

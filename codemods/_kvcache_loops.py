@@ -45,6 +45,9 @@ class Generation:
     adds_one: bool = False  # a step a turn, as its code shows; else what is added has to tell
     lengths: list[tuple[Const, Const, Number]] = field(default_factory=list)  # numbers that are its length, each turn's
     picks: list[Pick] = field(default_factory=list)
+    moved: list[Node] = field(default_factory=list)  # the sequence with its rows picked anew, between turns
+    pairs: list[tuple[Node, Node]] = field(default_factory=list)  # forms of the sequence in the first turn and the next
+    problem: str = ""  # why its past is not what it was
     turns: list[list[Attention]] = field(default_factory=list)
 
     @property
@@ -95,7 +98,7 @@ class Generation:
         axes[self.time_axis] = Axis(GROWN if self.is_cropped else FED)
         if self.count > 1:
             axes[1 if self.time_axis == 0 else 0] = Axis(BATCH)
-        for node in self.grown:
+        for node in (*self.grown, *self.moved):
             yield node, Tensor(tuple(axes))
         for first, second, known in self.lengths:
             yield from ((first, known), (second, known))

@@ -18,6 +18,9 @@ from modernizer.syntax import free_name, mentions, names_in
 ALLOWED_DECORATORS = frozenset({"no_grad", "inference_mode", "enable_grad", "staticmethod", "classmethod", "override"})
 
 
+_REPLICATES = "torch.nn.DataParallel"
+
+
 @dataclass(eq=False)
 class Thread:
     """What is on the way from a loop to the attentions: functions, calls, and Sequentials that have to be opened."""
@@ -102,6 +105,28 @@ class Thread:
             self._check_sequential(call, frame)
         for path in {self.code.tree.path(f) for f in self.functions}:
             self._check_file(path)
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        """`nn.DataParallel` makes new modules for every call, which would not find what others have kept."""
+        files = [mentions(file.tree) for file in self.code.graph.project.files()]
+        imported = {alias.name for file in files for statement in file.imports for alias in statement.names}
+        if "DataParallel" not in imported and not any("DataParallel" in file.attributes for file in files):
+            return
+        at = self.code.graph.machine.at
+        wrapped = {
+            id(value)
+            for node, found in at.items()
+            if isinstance(node, ast.Call)
+            and any(getattr(v, "dotted", "") == _REPLICATES for _, v in at.get(node.func, ()))
+            for _, value in found
+        }
+        for call, frame in self.calls.items():
+            modules = [v for v in _values(self.code, call.func) if isinstance(v, Module) and v is not frame.receiver]
+            is_outer = not isinstance(frame.receiver, Module) and not _is_unwrapped(call.func)
+            if modules and (is_outer or any(id(v) in wrapped for v in modules)):
+                raise Cannot("nn.DataParallel may run the model here, whose replicas do not keep a past",
+                             location(call, frame), "generate with `model.module`")  # fmt: skip
 
     def _check_function(self, function: ast.FunctionDef, frame: Frame) -> None:
         for decorator in function.decorator_list:
@@ -204,3 +229,8 @@ def _is_open(value: Value) -> bool:
 
 def _values(code: Code, node: ast.AST) -> list[Value]:
     return [v for _, v in code.graph.machine.at.get(node, ())]
+
+
+def _is_unwrapped(callee: ast.expr) -> bool:
+    """Whether a module is taken out of what wraps it: `model.module(…)`."""
+    return isinstance(callee, ast.Attribute) and callee.attr == "module"

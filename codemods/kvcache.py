@@ -83,6 +83,9 @@ def _plan_loop(model: ModelMap, found: Sequence[Generation], made: Plan) -> None
         made.modern.append(Modern(first.location, "this loop feeds its model only what is new"))
         return
     try:
+        for generation in found:
+            if generation.problem:
+                raise Cannot(generation.problem, first.location)
         upgrades = [Builder(model, generation).upgrade() for generation in found]
         if len({frozenset(map(_text_of, upgrade.edits)) for upgrade in upgrades}) > 1:
             raise Cannot("this loop runs in several ways, which ask for different changes", first.location)

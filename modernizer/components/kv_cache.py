@@ -84,8 +84,11 @@ class KVCache:
         """Let row i of the batch go on from what row ``index[i]`` has seen, as beam search asks for.
 
         Args:
-            index: integers ``[new_batch]``; rows may be repeated, left out, or become more or fewer.
+            index: integers ``[new_batch]``, rows may be repeated, left out, or become more or fewer; or booleans
+                ``[batch]``, True for the rows that stay.
         """
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
         for layer in self._layers.values():
             layer.reorder(index, self.batch_dim)
 

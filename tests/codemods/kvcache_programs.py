@@ -643,3 +643,38 @@ FORMS |= {
     "a buffer, one step ahead": program(**_FREE_OF_WINDOW, generate=AHEAD_OF_STEP),
     "beams": TRANSLATING + BEAMS,
 }
+BEAMS_BY_CAT = """
+    @torch.no_grad()
+    def generate(self, idx, count, sample=False, width=3):
+        idx = idx[:1].repeat(width, 1)
+        scores = torch.linspace(0, -0.5, width)
+        for _ in range(count):
+            every = self(idx)[:, -1].log_softmax(-1)
+            total = (scores.unsqueeze(1) + every).view(-1)
+            picked = torch.multinomial((total / 4).softmax(0), width) if sample else total.topk(width).indices
+            scores = total[picked]
+            rows, new = picked // every.size(-1), picked % every.size(-1)
+            idx = torch.cat([idx[rows], new.unsqueeze(1)], dim=1)
+        return idx
+"""
+BEAMS_SELECTED = changed(
+    BEAMS_BY_CAT, ("            idx = torch.cat([idx[rows], new.unsqueeze(1)], dim=1)\n",
+                   "            idx = idx.index_select(0, rows)\n            idx = torch.cat([idx, new.unsqueeze(1)], dim=1)\n")
+)  # fmt: skip
+ROWS_THAT_END = """
+    def generate(self, idx, count, sample=False):
+        done = []
+        for _ in range(count):
+            logits = self(idx)[:, -1]
+            new = torch.multinomial(logits.softmax(-1), 1) if sample else logits.argmax(-1, keepdim=True)
+            idx = torch.cat([idx, new], dim=1)
+            alive = new[:, 0] % 7 != 3
+            done.append(idx[~alive].flatten())
+            idx = idx[alive]
+        return torch.cat([*done, idx.flatten()]).unsqueeze(0)
+"""
+FORMS |= {
+    "beams, joined": program(**_FREE_OF_WINDOW, generate=BEAMS_BY_CAT),
+    "beams, selected and joined": program(**_FREE_OF_WINDOW, generate=BEAMS_SELECTED),
+    "rows that end": program(**_FREE_OF_WINDOW, generate=ROWS_THAT_END),
+}

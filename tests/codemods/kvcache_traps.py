@@ -36,6 +36,13 @@ _OPTIONAL = changed(
 )  # fmt: skip
 _SINUSOIDS = program(BODIES["chunks, mask made on the way"], model=PLACES + SINUSOID, generate=GROWING)
 
+_REPLICATED = """
+
+def main(count):
+    model = nn.DataParallel(Model())
+    return generate(model.module, torch.zeros(1, 3).long(), count)
+"""
+
 TRAPS: dict[str, tuple[str, str]] = {
     # what a step sees may be ahead of it
     "no mask": (_plain((_SCORES, "")), "causal"),
@@ -133,12 +140,21 @@ TRAPS: dict[str, tuple[str, str]] = {
     "scores scaled by the length": (_plain(("math.sqrt(self.width)", "math.sqrt(T)")), "length"),
     # loops that do more than append
     "the past is overwritten": (
-        _plain((_APPENDED, _APPENDED + "\n            idx[:, 0] = 3")), "",
+        _plain((_APPENDED, _APPENDED + "\n            idx[:, 0] = 3")), "changed, moved or dropped",
     ),
-    "the new token comes first": (_plain((_APPENDED, "idx = torch.cat((new, idx), dim=1)")), ""),
-    "the oldest is dropped": (_plain((_APPENDED, "idx = torch.cat((idx[:, 1:], new), dim=1)")), ""),
+    "the new token comes first": (_plain((_APPENDED, "idx = torch.cat((new, idx), dim=1)")), "before the past"),
+    "the oldest is dropped": (_plain((_APPENDED, "idx = torch.cat((idx[:, 1:], new), dim=1)")), "changed, moved or dropped"),
     "the beginning is pruned at times": (
-        _plain((_APPENDED, _APPENDED + "\n            if idx.size(1) > 10:\n                idx = idx[:, 4:]")), "",
+        _plain((_APPENDED, _APPENDED + "\n            if idx.size(1) > 10:\n                idx = idx[:, 4:]")), "changed, moved or dropped",
+    ),
+    "rows are picked anew and the oldest is dropped": (
+        changed(FORMS["beams, joined"], ("idx[rows], new", "idx[rows, 1:], new")), "changed, moved or dropped",
+    ),
+    "steps are moved by one": (
+        _plain((_APPENDED, _APPENDED + "\n            idx = idx.roll(1, 1)")), "changed, moved or dropped",
+    ),
+    "some of the past becomes another token": (
+        _plain((_APPENDED, _APPENDED + "\n            idx = idx.masked_fill(idx == 3, 4)")), "changed, moved or dropped",
     ),
     "later turns do something else": (
         _plain(("for _ in range(count)", "for turn in range(count)"),
@@ -269,7 +285,7 @@ TRAPS: dict[str, tuple[str, str]] = {
     ),
     "beams whose past is not picked": (
         changed(TRANSLATING + BEAMS, ("beams[:, :step] = beams[rows, :step]", "beams[:, : step - 1] = beams[rows, : step - 1]")),
-        "",
+        "changed, moved or dropped",
     ),
     "beams that depend on each other": (
         changed(TRANSLATING + BEAMS, ("x = self.places(self.target(target) * 4.0)",
@@ -278,10 +294,10 @@ TRAPS: dict[str, tuple[str, str]] = {
     ),
     "a buffer that is changed elsewhere": (
         changed(FORMS["a buffer"], ("            tokens[:, step] = new\n",
-                                    "            tokens[:, step] = new\n            tokens[:, 0] = new\n")), "",
+                                    "            tokens[:, step] = new\n            tokens[:, 0] = new\n")), "changed, moved or dropped",
     ),
     "a buffer that is filled further on": (
-        changed(FORMS["a buffer"], ("            tokens[:, step] = new\n", "            tokens[:, step - 1] = new\n")), "",
+        changed(FORMS["a buffer"], ("            tokens[:, step] = new\n", "            tokens[:, step - 1] = new\n")), "changed, moved or dropped",
     ),
     "a buffer that is read whole": (
         changed(FORMS["a buffer"], ("self(tokens[:, :step])[:, -1]", "self(tokens)[:, -1]")), "",
@@ -293,5 +309,12 @@ TRAPS: dict[str, tuple[str, str]] = {
         changed(TRANSLATING + GREEDY,
                 ("        x, weights = attention(", "        x, self.seen = attention("),
                 ("    return ys\n", "    return ys, [layer.own.seen for layer in model.decoder]\n")), "keeps|hands out",
+    ),
+    "replicas of the model": (
+        changed(FORMS["a function"], ("model.window", "12")) + _REPLICATED.replace("model.module", "model"), "DataParallel",
+    ),
+    "replicas of the layers": (
+        _plain(("nn.ModuleList([Block(dim) for _ in range(depth)])",
+                "nn.ModuleList([nn.DataParallel(Block(dim)) for _ in range(depth)])")), "DataParallel",
     ),
 }  # fmt: skip

@@ -224,6 +224,12 @@ def test_a_trap_is_left_as_it_is(name: str, tmp_path: Path) -> None:
         assert re.search(reason, report.sites[0].message), report.sites[0].message
 
 
+def test_a_loop_of_the_model_itself_runs_outside_of_replicas(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(FORMS["attention: plain"] + "\n\ndef main():\n    return nn.DataParallel(Model())\n")
+    assert [s.status for s in run_rule(path).sites] == [Status.DONE]
+
+
 def test_a_model_that_nobody_generates_with_is_no_site(tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(program(generate=""))

@@ -106,6 +106,13 @@ def test_reorder_and_crop(rows: list[int], length: int) -> None:
     assert torch.equal(got, torch.cat([key[rows][:, :, :length], more], 2))
 
 
+def test_rows_that_stay_may_be_told_by_truth_values() -> None:
+    cache, key = KVCache(), rand(3, 2, 5, 4)
+    cache.update(key, key, 0)
+    cache.reorder(torch.tensor([True, False, True]))
+    assert torch.equal(cache.update(key[:2, :, :1], key[:2, :, :1], 0)[0][:, :, :5], key[[0, 2]])
+
+
 @pytest.mark.parametrize("make", [KVCache, lambda **axes: StaticKVCache(4, **axes)])
 def test_time_before_batch(make: Callable[..., KVCache | StaticKVCache]) -> None:
     cache, key = make(seq_dim=0, batch_dim=1), rand(4, 3, 5)
