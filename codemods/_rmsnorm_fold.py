@@ -279,7 +279,11 @@ class _Proof:
             if holder is not None and id(node) not in self.writers:
                 raise NotExact(f"the stream is kept in `{holder[1]}`")
             for user in users(node):
-                if id(user) in self.stream or user.op in (*SIZES, "mha_weights") or self._is_filled(node, user):
+                if (
+                    id(user) in self.stream
+                    or user.op in (*SIZES, "mha_weights", "isinstance")
+                    or self._is_filled(node, user)
+                ):
                     continue
                 norm = self.model.norms.around(user)
                 if norm is not None and id(norm) in self.ours:
@@ -341,7 +345,7 @@ class _Proof:
             if id(node) in self.returned:
                 raise NotExact(f"what a norm gives leaves the model, with its bias ({_place(node)})")
             for user in users(node):
-                if user.op in SIZES or id(user) in seen:
+                if user.op in SIZES or user.op == "isinstance" or id(user) in seen:
                     continue
                 port = self._port(user, node)
                 if port is not None:
@@ -421,7 +425,7 @@ class _Proof:
         exact = Exact(WeightMap(), has_dropout=self.has_dropout)
         tensors = [t for _, found in self.writers.values() for t in found]
         try:
-            names = self.facts.paths.of([*self._modules(), *(t.module for t in tensors)])
+            names = self.facts.paths.of([*self._roles(), *((t.module, f"writes {t.name}") for t in tensors)])
         except Unnamed as why:
             raise NotExact(str(why)) from why
         folds = self._folds(names, exact)
@@ -437,9 +441,11 @@ class _Proof:
         exact.weights = WeightMap(tuple((group,) for group in stages if group.steps))
         return exact
 
-    def _modules(self) -> list[Module]:
-        found = [m for site in self.sites for m in site.modules if any(n.module is m for n in site.norms)]
-        return found + [port.module for ports in self.ports.values() for port, _ in ports]
+    def _roles(self) -> Iterator[tuple[Module, str]]:
+        run = {id(norm.module) for norm in self.norms}
+        yield from ((m, "norms") for site in self.sites for m in site.modules if id(m) in run)
+        for ports in self.ports.values():
+            yield from ((port.module, f"reads {port.weight} {part}") for port, _ in ports for part in port.parts)
 
     def _renames(self, names: Mapping[int, Path]) -> list[Step]:
         found: dict[Step, None] = {}
