@@ -18,12 +18,12 @@ from codemods._rmsnorm_views import keeps_features
 from modernizer.edit import Delete, Edit, Replace
 from modernizer.graph.query import IDENTITY, alternatives, is_const, is_none, is_torch, location, users
 from modernizer.graph.rank import is_number
-from modernizer.graph.values import Const, Many, Module, Node, Table, Value, flatten
+from modernizer.graph.values import Const, Many, Module, Node, Object, Table, Value, flatten
 from modernizer.model_map import ModelMap
 from modernizer.model_map.norm import SIZES, Norm
 from modernizer.model_map.projection import Projection, own_parameters
-from modernizer.source import Location
-from modernizer.syntax import mentions
+from modernizer.source import Location, SourceFile
+from modernizer.syntax import below, mentions, outward
 from modernizer.weights import Centre, Concat, Fold, Group, Reader, Step, WeightMap
 
 LINEAR = ("Linear", "NonDynamicallyQuantizableLinear")
@@ -81,13 +81,14 @@ class _Facts:
             id(leaf)
             for frame in machine.frames
             if frame.caller is None or frame.caller.function is None
-            for leaf in flatten(frame.result or Const(None))
+            for leaf in _leaves(frame.result or Const(None))
         }
-        self.held: dict[int, tuple[Module, str]] = {}
+        self.held: dict[int, list[tuple[Module, str]]] = defaultdict(list)  # copies of a module share their data
         for module in machine.modules:
             for name, value in module.attributes.items():
-                if isinstance(value, Node | Many | Table):
-                    self.held.update((id(leaf), (module, name)) for leaf in flatten(value) if isinstance(leaf, Node))
+                if not isinstance(value, Module):
+                    for leaf in _leaves(value):
+                        self.held[id(leaf)].append((module, name))
         self.runs: dict[int, list[Node]] = defaultdict(list)  # of torch's layers, by the module
         for node in machine.nodes:
             if node.module is not None and node.op in ("linear", "embedding", "mha"):
@@ -101,11 +102,31 @@ class _Facts:
             if module.call is not None:
                 self.made[module.call].append(module)
         self.paths = Names(machine)
+        self._at = machine.at
+        self._unreached: dict[ast.AST, list[int]] = {}
         self.tying = ""
         for file in model.project.files():
             named = mentions(file.tree)
             found = [name for name in TYING if name in named.attributes or name in named.methods]
             self.tying = f"{file.path.name} may tie weights by `{found[0]}`" if found else self.tying
+
+    def unreached(self, function: ast.AST) -> list[int]:
+        """The lines of branches of a function that never ran, apart from those that only raise."""
+        if function not in self._unreached:
+            found: list[int] = []
+            for node in below(function):
+                if isinstance(node, ast.If) and self._ran([node.test]):
+                    for branch in (node.body, node.orelse):
+                        quiet = all(isinstance(s, ast.Raise | ast.Pass | ast.Assert | ast.Continue) for s in branch)
+                        if not quiet and not self._ran(branch):
+                            found.append(branch[0].lineno)
+                elif isinstance(node, ast.IfExp) and self._ran([node.test]):
+                    found += [b.lineno for b in (node.body, node.orelse) if not self._ran([b])]
+            self._unreached[function] = found
+        return self._unreached[function]
+
+    def _ran(self, nodes: Sequence[ast.AST]) -> bool:
+        return any(part in self._at for node in nodes for part in below(node))
 
 
 class _Proof:
@@ -122,6 +143,7 @@ class _Proof:
         self.has_dropout = False
         self.facts = model.derived(_Facts)
         self.returned, self.held = self.facts.returned, self.facts.held
+        self.tops = {id(_top(norm.module)) for norm in self.norms if norm.module is not None}
 
     def prove(self) -> Exact:
         if self.facts.tying:
@@ -136,6 +158,7 @@ class _Proof:
             if norm.module is not None and self._bias_of(norm.module) is not False:
                 self._follow(norm)
         self._check_ports()
+        self._check_reached()
         return self._exact()
 
     # -- the norms
@@ -145,8 +168,10 @@ class _Proof:
         if formula is not None and formula.oddity:
             raise NotExact(f"{formula.oddity}, which an RMSNorm does not")
         run = {id(norm.module) for norm in site.norms}
-        if site.kind != CALL and not any(id(module) in run for module in site.modules):
-            raise NotExact(f"the norm that line {site.call.lineno} makes is never seen to run")
+        tops = {id(_top(module)) for module in site.modules if id(module) in run}
+        idle = any(id(module) not in run and id(_top(module)) in tops for module in site.modules)
+        if site.kind != CALL and (idle or not tops):
+            raise NotExact(f"a norm that line {site.call.lineno} makes is never seen to run")
         for module in site.modules:
             shape = module.args.get("normalized_shape")
             if isinstance(shape, Many) and len(shape.items) != 1:
@@ -224,13 +249,13 @@ class _Proof:
         if module is not None and node.op in ("linear", "embedding", "mha", "conv1d", "conv2d"):
             raise NotExact(f"a {module.class_name} writes the stream")
         if node.op == "parameter" or self._is_kept_buffer(node):
-            holder = self.held.get(id(node))
-            if holder is None:
+            holders = [(m, name) for m, name in self.held.get(id(node), ()) if id(_top(m)) in self.tops]
+            if not holders:
                 raise NotExact("a parameter without a name is part of the stream")
             axes = self._rank_of_table(node)
             if axes is None:
-                raise NotExact(f"how many axes `{holder[1]}` has is open")
-            return [Tensor(holder[0], holder[1], axes - 1)]
+                raise NotExact(f"how many axes `{holders[0][1]}` has is open")
+            return [Tensor(module, name, axes - 1) for module, name in holders]
         own = self.model.feed_forwards.projections.at(node)
         if own is not None and own.kind == "own":
             names = own_parameters(own)
@@ -248,11 +273,11 @@ class _Proof:
 
     def _is_kept_buffer(self, node: Node) -> bool:
         """Whether a datum is a table that the state dict holds."""
-        holder = self.held.get(id(node))
-        if holder is None or holder[0].cls is None:
+        holders = self.held.get(id(node))
+        if not holders or holders[0][0].cls is None:
             return False
         for file in self.model.project.files():
-            for call in mentions(file.tree).by_key.get(holder[1], ()):
+            for call in mentions(file.tree).by_key.get(holders[0][1], ()):
                 name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
                 if name == "register_buffer":
                     return len(call.args) == 2 and not call.keywords
@@ -275,9 +300,9 @@ class _Proof:
             node = todo.pop()
             if id(node) in self.returned:
                 raise NotExact(f"the stream leaves the model as it is ({_place(node)})")
-            holder = self.held.get(id(node))
-            if holder is not None and id(node) not in self.writers:
-                raise NotExact(f"the stream is kept in `{holder[1]}`")
+            holders = self.held.get(id(node))
+            if holders and id(node) not in self.writers:
+                raise NotExact(f"the stream is kept in `{holders[0][1]}`")
             for user in users(node):
                 if (
                     id(user) in self.stream
@@ -331,8 +356,28 @@ class _Proof:
                 parent = file.parents.get(node)
                 is_tied = isinstance(parent, ast.Assign) and (node is parent.value or node in parent.targets)
                 names = _tied_names(parent) if is_tied and isinstance(parent, ast.Assign) else set()
-                if module.name in names:
+                if module.name in names or (module.cls is None and self._is_read_unseen(node, module, file)):
                     raise NotExact(tied)
+
+    def _is_read_unseen(self, node: ast.Attribute, module: Module, file: SourceFile) -> bool:
+        """Whether code that is never reached reads a parameter of a layer of this name, otherwise than to fill it."""
+        holder = node.value
+        name = holder.attr if isinstance(holder, ast.Attribute) else getattr(holder, "id", "")
+        if name != module.name or node in self.machine.at:
+            return False
+        call = next((n for n in outward(file.tree, node) if isinstance(n, ast.Call)), None)
+        called = call.func if call is not None else None
+        filler = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        return not filler.endswith("_")
+
+    def _check_reached(self) -> None:
+        """Code that is never reached may read the stream, or what a norm gives."""
+        frames = {id(n.frame): n.frame for n in self.stream.values()} | {id(n.frame): n.frame for n in self.norms}
+        frames |= {id(n.result.frame): n.result.frame for n in self.norms}
+        functions = {f.function.node: f for frame in frames.values() for f in frame.outward() if f.function is not None}
+        for function, frame in functions.items():
+            for line in self.facts.unreached(function):
+                raise NotExact(f"line {line} of {frame.path.name} is not reached here, and may read the stream")
 
     # -- what reads the norms
 
@@ -546,6 +591,29 @@ def _merged(ports: Iterator[Port]) -> list[Port]:
             port.module, port.weight, port.bias, port.axis, (0,) if whole else parts, 1 if whole else port.of
         )
     return list(found.values())
+
+
+def _top(module: Module) -> Module:
+    """The model that a module is in."""
+    while module.owner is not None:
+        module = module.owner
+    return module
+
+
+def _leaves(value: Value) -> Iterator[Node]:
+    """The data in lists, tables and plain objects, however deep."""
+    todo, seen = [value], set[int]()
+    while todo:
+        current = todo.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, Node):
+            yield current
+        elif isinstance(current, Many | Table):
+            todo += current.inputs
+        elif isinstance(current, Object) and not isinstance(current, Module):
+            todo += current.attributes.values()
 
 
 def _is_by_position(value: Value) -> bool:

@@ -587,3 +587,93 @@ NOT_EXACT = {
     "an embedding of bounded norm": own("nn.LayerNorm(dim)", net=BOUNDED),
     "a bias that an argument decides on": OPEN_BIAS,
 }  # fmt: skip
+
+# -- names that lists and copies make harder
+
+CLONES = """
+def clones(module, count):
+    return nn.ModuleList([copy.deepcopy(module) for _ in range(count)])
+"""
+FOUR = """
+class Attention(nn.Module):
+    def __init__(self, dim, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.layers = clones(nn.Linear(dim, dim), 4)
+
+    def forward(self, x):
+        b, t, c = x.shape
+        q, k, v = [l(y).view(b, t, self.heads, c // self.heads).transpose(1, 2) for l, y in zip(self.layers, (x, x, x))]
+        y = F.softmax(q @ k.transpose(-2, -1) / math.sqrt(c // self.heads), dim=-1) @ v
+        return self.layers[-1](y.transpose(1, 2).reshape(b, t, c))
+"""
+PLACED = """
+class Places(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        table = torch.zeros(6, dim)
+        table[:, 0::2] = torch.arange(6).unsqueeze(1).float().sin()
+        table[:, 1::2] = torch.arange(6).unsqueeze(1).float().cos() + 1.0
+        self.register_buffer("table", table)
+        self.shift = nn.Parameter(torch.randn(dim))
+
+    def forward(self, x):
+        return x + self.table[:x.size(1), :] + self.shift
+"""
+PLACED_BLOCK = (
+    BLOCK.replace("        self.norm1", "        self.places = Places(dim)\n        self.norm1")
+    .replace("        x = x + self.attention", "        x = self.places(x)\n        x = x + self.attention")
+    .replace(
+        "self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))",
+        "self.mlp = nn.ModuleDict(dict(up=nn.Linear(dim, 2 * dim), down=nn.Linear(2 * dim, dim)))",
+    )
+    .replace("self.mlp(self.norm2(x))", "self.mlp.down(F.relu(self.mlp.up(self.norm2(x))))")
+)
+COPIED = NET.replace("nn.ModuleList([Block(dim) for _ in range(2)])", "clones(Block(dim), 2)")
+
+EXACT |= {
+    "a list of which three read and one writes": own("nn.LayerNorm(dim)", more=CLONES).replace(ATTENTION, FOUR),
+    "copies that have tables": own("nn.LayerNorm(dim)", more=CLONES + PLACED, block=PLACED_BLOCK, net=COPIED),
+}
+
+TAPPED = (
+    NET.replace(
+        "        for layer in self.layers:\n            x = layer(x)\n",
+        """        taps = []
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number == 5:
+                taps.append(x.mean())
+""",
+    )
+    .replace("range(2)", "range(depth)")
+    .replace("dim=8):", "dim=8, depth=3):")
+    .replace("return self.head(self.final(x))", "return self.head(self.final(x)) + sum(taps)")
+)
+MEASURED = (
+    NET
+    + """
+
+def spread(net):
+    return net.embedding.weight.norm()
+"""
+)
+WRAPPED_RESULT = NET.replace("return self.head(self.final(x))", "return Result(self.head(self.final(x)), x)").replace(
+    "return net(torch.arange(12).view(2, 6) % 11)", "return net(torch.arange(12).view(2, 6) % 11).scores"
+)
+RESULT = """
+class Result:
+    def __init__(self, scores, stream):
+        self.scores = scores
+        self.stream = stream
+"""
+IDLE = NET.replace("        self.head = ", "        self.spare = Block(dim)\n        self.head = ")
+UNKEPT = BUFFERED.replace("table.unsqueeze(0))", "table.unsqueeze(0), persistent=False)")
+
+NOT_EXACT |= {
+    "a layer's stream that is tapped": own("nn.LayerNorm(dim)", net=TAPPED),
+    "a weight that is read by code out of reach": own("nn.LayerNorm(dim)", net=MEASURED),
+    "a stream within the result": own("nn.LayerNorm(dim)", more=RESULT, net=WRAPPED_RESULT),
+    "a block that never runs": own("nn.LayerNorm(dim)", net=IDLE),
+    "a table that no checkpoint holds": own("nn.LayerNorm(dim)", net=UNKEPT),
+}
