@@ -7,6 +7,7 @@ except ImportError as error:
 
 from modernizer.components.alibi import ALiBi, alibi_slopes
 from modernizer.components.constellation import HybridRelay, PureRelay
+from modernizer.components.depth_scaled_init import depth_scaled_init_
 from modernizer.components.fused_linear import FusedLinear
 from modernizer.components.gated import Gated, gated
 from modernizer.components.grouped_attention import grouped_attention
@@ -43,6 +44,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "alibi_slopes",
     "apply_rotary",
+    "depth_scaled_init_",
     "gated",
     "grouped_attention",
     "masked_attention",
