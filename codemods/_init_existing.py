@@ -38,10 +38,10 @@ def find_host(model: ModelMap, root: Module) -> Host:
         if isinstance(base, External) and base.dotted.split(".")[0] in ("transformers", "timm", "fairseq"):
             raise Cannot(f"its base class {base.dotted} fills weights itself")
     early = model.derived(constructor_functions)
-    late = [call for call in _fillers(model) if function_of(call[0].tree, call[1]) not in early]
+    late = [call for call in model.derived(_fillers) if function_of(call[0].tree, call[1]) not in early]
     if not late:
         return _constructor(model, root, early)
-    host = _factory(model, root)
+    host = maker(model, root)
     known = grown(model, early | {host.function}) if host is not None else early
     for source, call in late:
         if function_of(source.tree, call) not in known:
@@ -64,10 +64,10 @@ def _constructor(model: ModelMap, root: Module, early: set[ast.AST]) -> Host:
     return Host(cls.scope.source, init, init.args.args[0].arg, init.body[-1])
 
 
-def _factory(model: ModelMap, root: Module) -> Host | None:
+def maker(model: ModelMap, root: Module) -> Host | None:
     """The one function that makes instances of a model, and returns what it has made."""
     makers = list(_makers(model, root))
-    if len(makers) != 1:
+    if len(makers) != 1 or makers[0] is None:
         return None
     source, function, name = makers[0]
     last = function.body[-1]
@@ -78,8 +78,8 @@ def _factory(model: ModelMap, root: Module) -> Host | None:
     return Host(source, function, name, last, "before")
 
 
-def _makers(model: ModelMap, root: Module) -> Iterator[tuple[SourceFile, ast.FunctionDef, str]]:
-    """Where the program makes instances of a model's class: the function, and the variable that holds them."""
+def _makers(model: ModelMap, root: Module) -> Iterator[tuple[SourceFile, ast.FunctionDef, str] | None]:
+    """Where the program makes instances of a model's class: the function, and the variable; None for anything else."""
     assert root.cls is not None
     for source in model.project.files():
         scope = model.graph.machine.scopes.get(source.path)
@@ -95,27 +95,27 @@ def _makers(model: ModelMap, root: Module) -> Iterator[tuple[SourceFile, ast.Fun
             if isinstance(function, ast.FunctionDef) and len(targets) == 1 and isinstance(targets[0], ast.Name):
                 yield source, function, targets[0].id
             else:
-                yield source, ast.FunctionDef("", ast.arguments(), [ast.Pass()], []), ""
+                yield None
 
 
 def _check_loads(model: ModelMap, functions: set[ast.AST]) -> None:
-    for source in model.project.files():
-        for call in _calls(source):
-            named = ast.unparse(call.func)
-            is_load = _name(call) in LOADERS or named == "torch.load"
-            if (
-                is_load
-                and not named.endswith("Embedding.from_pretrained")
-                and function_of(source.tree, call) in functions
-            ):
-                raise Cannot("weights are loaded where the model is made", source.location(call))
+    for source, call in model.derived(_loads):
+        if function_of(source.tree, call) in functions:
+            raise Cannot("weights are loaded where the model is made", source.location(call))
 
 
-def _fillers(model: ModelMap) -> Iterator[tuple[SourceFile, ast.Call]]:
-    for source in model.project.files():
-        for call in _calls(source):
-            if _name(call) in FILLERS and _is_of_parameters(call):
-                yield source, call
+def _loads(model: ModelMap) -> list[tuple[SourceFile, ast.Call]]:
+    """The calls that read weights from elsewhere; tables of embeddings that are there do not count."""
+    found: list[tuple[SourceFile, ast.Call]] = []
+    for source, call in model.derived(_calls):
+        is_load = _name(call) in LOADERS or (_name(call) == "load" and ast.unparse(call.func) == "torch.load")
+        if is_load and not ast.unparse(call.func).endswith("Embedding.from_pretrained"):
+            found.append((source, call))
+    return found
+
+
+def _fillers(model: ModelMap) -> list[tuple[SourceFile, ast.Call]]:
+    return [(s, call) for s, call in model.derived(_calls) if _name(call) in FILLERS and _is_of_parameters(call)]
 
 
 def constructor_functions(model: ModelMap) -> set[ast.AST]:
@@ -158,15 +158,20 @@ def grown(model: ModelMap, functions: set[ast.AST]) -> set[ast.AST]:
 
 def is_depth_aware(model: ModelMap, depth_names: set[str]) -> bool:
     """Whether weights are filled or scaled by a root of how many layers there are, or of which one this is."""
-    for source in model.project.files():
-        for call in _calls(source):
-            if _name(call) in ("mul_", "div_") and any(_words(n) for n in below(call) if _is_root(n)):
-                return True
-            if _name(call) in FILLERS:
-                around = function_of(source.tree, call) or call
-                if any(_words(n) & depth_names for n in below(around) if _is_root(n)):
-                    return True
-    return False
+    scaled, filled = model.derived(_roots)
+    return scaled or bool(filled & depth_names)
+
+
+def _roots(model: ModelMap) -> tuple[bool, set[str]]:
+    """Whether weights are multiplied by a root of something; and what stands under roots where weights are filled."""
+    scaled, filled = False, set[str]()
+    for source, call in model.derived(_calls):
+        if _name(call) in ("mul_", "div_"):
+            scaled = scaled or any(_words(n) for n in below(call) if _is_root(n))
+        elif _name(call) in FILLERS:
+            around = function_of(source.tree, call) or call
+            filled |= {word for n in below(around) if _is_root(n) for word in _words(n)}
+    return scaled, filled
 
 
 def _is_root(node: ast.AST) -> bool:
@@ -191,8 +196,8 @@ def depth_names(cls: Class) -> set[str]:
     return found - {"", "self"}
 
 
-def _calls(source: SourceFile) -> Iterator[ast.Call]:
-    return (n for n in every_node(source.tree) if isinstance(n, ast.Call))
+def _calls(model: ModelMap) -> list[tuple[SourceFile, ast.Call]]:
+    return [(s, n) for s in model.project.files() for n in every_node(s.tree) if isinstance(n, ast.Call)]
 
 
 def _name(call: ast.Call) -> str:

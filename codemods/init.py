@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from codemods._init_existing import depth_names, find_host, is_depth_aware
+from codemods._init_existing import depth_names, find_host, is_depth_aware, maker
 from codemods._init_writers import Writers, find_embeddings, find_writers
 from codemods._survey import Cannot
 from modernizer.edit import Edit, Insert
@@ -15,7 +14,8 @@ from modernizer.graph.values import Class, Module, Node, flatten
 from modernizer.imports import Imports
 from modernizer.model_map import ModelMap
 from modernizer.rule import Effect, Modern, Plan, Refusal, Rule, Upgrade
-from modernizer.source import Location
+from modernizer.source import Location, SourceFile
+from modernizer.syntax import function_of, mentions
 
 FIXES = frozenset({"data", "requires_grad"})  # what is set of the weight of a table that is not learned
 WIDTH = 90  # of a list on one line
@@ -43,7 +43,6 @@ class Init(Rule):
         """What to change, what to refuse and what is modern already."""
         made = Plan()
         models: dict[ast.AST, _Model] = {}
-        failed: defaultdict[ast.AST, list[tuple[Location, Cannot]]] = defaultdict(list)
         for found in find_writers(model):
             if isinstance(found, Writers):
                 cls = found.model.cls
@@ -52,9 +51,8 @@ class Init(Rule):
                     continue
                 models.setdefault(cls.node, _Model(cls)).stacks.append(found)
             else:
-                failed[ast.Pass()].append(found)
-        for where, cannot in (pair for pairs in failed.values() for pair in pairs):
-            made.refusals.append(Refusal(where, _reason(cannot, where), cannot.hint))
+                where, cannot = found
+                made.refusals.append(Refusal(where, _reason(cannot, where), cannot.hint))
         for whole in models.values():
             where = whole.stacks[0].location
             if _is_done(model, whole):
@@ -69,11 +67,10 @@ class Init(Rule):
 
     def review(self, before: ModelMap, after: ModelMap, upgrades: Sequence[Upgrade]) -> str:
         """The calls must have been given everything that writes to a stream of their model."""
-        calls = _calls(after)
-        if len({call.node for call in calls}) < len(upgrades):
+        if len(after.derived(_hosts)) < len(upgrades):
             return "not every model that was to scale its weights does"
         for found in find_writers(after):
-            own = [call for call in calls if isinstance(found, Writers) and _is_for(call, found.model)]
+            own = [call for call in _calls(after) if isinstance(found, Writers) and _is_for(call, found.model)]
             if isinstance(found, Writers) and own:
                 named = [set(map(id, flatten(call.args[0]))) for call in own if call.args]
                 if not any({id(w) for w in found.weights} <= given for given in named):
@@ -88,7 +85,31 @@ def _reason(cannot: Cannot, where: Location) -> str:
 
 
 def _calls(model: ModelMap) -> list[Node]:
+    return model.derived(_find_calls)
+
+
+def _find_calls(model: ModelMap) -> list[Node]:
     return [n for n in model.graph.machine.nodes if n.name == COMPONENT]
+
+
+def _hosts(model: ModelMap) -> set[ast.AST]:
+    """The functions that call the component, also those of which nothing is run here."""
+    found: set[ast.AST] = set()
+    for source in model.project.files():
+        scope = model.graph.machine.scopes.get(source.path)
+        reads = [n for n in _component_reads(source) if scope is not None and _means_it(scope.lookup(n.id))]
+        found |= {f for n in reads if (f := function_of(source.tree, n)) is not None}
+    return found
+
+
+def _component_reads(source: SourceFile) -> list[ast.Name]:
+    names = mentions(source.tree)
+    called = {a.asname or a.name for i in names.imports for a in i.names if COMPONENT.endswith(f".{a.name}")}
+    return [n for name in called for n in names.loads.get(name, ())]
+
+
+def _means_it(value: object) -> bool:
+    return getattr(value, "dotted", "") == COMPONENT
 
 
 def _is_for(call: Node, root: Module) -> bool:
@@ -99,6 +120,9 @@ def _is_for(call: Node, root: Module) -> bool:
 def _is_done(model: ModelMap, whole: _Model) -> bool:
     """Whether the program looks at depth already, by our component or by formulas of its own."""
     if any(_is_for(call, stack.model) for call in _calls(model) for stack in whole.stacks):
+        return True
+    hosts = model.derived(_hosts)
+    if hosts and any((host := maker(model, stack.model)) and host.function in hosts for stack in whole.stacks):
         return True
     names = depth_names(whole.cls)
     for stack in whole.stacks:
@@ -153,17 +177,12 @@ def _is_free(model: ModelMap, path: str) -> bool:
     """Whether no code sets the weight of an embedding, as of a table that is not learned."""
     last = path.rpartition(".")[2]
     for source in model.project.files():
-        for node in ast.walk(source.tree):
-            if (
-                isinstance(node, ast.Attribute)
-                and node.attr == "weight"
-                and ast.unparse(node.value).endswith(f".{last}")
-            ):
-                above = source.parents.get(node)
-                changed = isinstance(above, ast.Attribute) and (above.attr in FIXES or above.attr.endswith("_"))
-                stored = isinstance(above, ast.Subscript) and not isinstance(above.ctx, ast.Load)
-                if not isinstance(node.ctx, ast.Load) or changed or stored:
-                    return False
+        for node in mentions(source.tree).attributes.get("weight", ()):
+            above = source.parents.get(node)
+            changed = isinstance(above, ast.Attribute) and (above.attr in FIXES or above.attr.endswith("_"))
+            stored = isinstance(above, ast.Subscript) and not isinstance(above.ctx, ast.Load)
+            if _last(node.value) == last and (not isinstance(node.ctx, ast.Load) or changed or stored):
+                return False
     return True
 
 

@@ -18,8 +18,8 @@ def depth_scaled_init_(
     """Scales the projections that write to one residual stream by ``1 / sqrt(N)``, and draws embeddings anew.
 
     ``N`` is their number, ``2 L`` for ``L`` layers of attention and feed-forward, so that what ``N`` sums add to the
-    stream has about the variance of one. What the weights hold is scaled, however it was drawn; biases stay. Radford et al.
-    2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and for the embeddings the code of GPT-2.
+    stream has about the variance of one. What the weights hold is scaled, however it was drawn; biases stay. Radford
+    et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3; GPT-2's code for the embeddings.
 
     Args:
         outputs: modules with a ``weight``, or weights, of every residual sum of the stream, each once.
