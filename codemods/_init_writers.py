@@ -60,13 +60,13 @@ def find_writers(model: ModelMap) -> Iterator[Writers | tuple[Location, Cannot]]
         except Cannot as cannot:
             yield where, cannot
     for node in model.graph.machine.nodes:
-        if node.op in ("torch_encoder", "torch_decoder", "torch_transformer") and node.module is not None:
-            where = location(node.node, node.frame) if node.node is not None else None
-            if where is not None and node.args and isinstance(node.args[0], Node):
-                try:
-                    yield from list(_of_torch(node, node.module, where))
-                except Cannot as cannot:
-                    yield where, cannot
+        is_stack = node.op in ("torch_encoder", "torch_decoder", "torch_transformer") and node.args
+        if is_stack and node.module is not None and node.node is not None:
+            where = location(node.node, node.frame)
+            try:
+                yield from list(_of_torch(node, node.module, where))
+            except Cannot as cannot:
+                yield where, cannot
 
 
 def _of_torch(node: Node, stack: Module, where: Location) -> Iterator[Writers]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,4 +45,4 @@ def _weight(output: nn.Module | Tensor) -> Tensor:
     weight = output if isinstance(output, Tensor) else getattr(output, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(f"{type(output).__name__} has no weight that could be scaled")
-    return cast(Tensor, weight)
+    return weight
