@@ -23,6 +23,8 @@ from codemods._kvcache_checks import check
 from codemods._kvcache_cut import Cut, cuts, timeline
 from codemods._kvcache_growth import find_generations
 from codemods._kvcache_loops import Generation, Pick
+from codemods._kvcache_memory import COMPONENT as ONCE
+from codemods._kvcache_memory import Memory, find_memory
 from codemods._kvcache_offsets import Offsets, lengths
 from codemods._kvcache_runs import with_outer_loops
 from codemods._kvcache_thread import Thread, sequential_code
@@ -157,7 +159,10 @@ class Builder:
         self.updates = updates
         offsets = Offsets(self.code, generation, line, updates, self._elsewhere(line))
         offsets.check()
+        memory = find_memory(self.model, self.code, generation, line, [s for u in updates for s in u.moved])
         self._edit(updates, cut, line, thread, offsets)
+        if memory is not None:
+            self._keep(memory, thread.name())
         layers = len({id(f.receiver) for u in updates for f, a in u.frames if a in generation.turns[0]})
         return Upgrade(generation.location, _summary(layers), tuple(self.edits))
 
@@ -260,6 +265,16 @@ class Builder:
         for statement, lines in self.before.items():
             code = "".join(f"{text}\n" for text in lines)
             self.edits.append(Insert(self.code.tree.path(statement), statement, code, "before"))
+
+    def _keep(self, memory: Memory, cache: str) -> None:
+        """Makes what computes keys and values of an encoder's output once, before the loop."""
+        frame = self.generation.frame
+        assert frame.function is not None
+        name = memory.name({cache})
+        reference, new = Imports(frame.scope.source).reference(ONCE, frame.function.node)
+        self.edits += [new] if new is not None else []
+        self.edits.append(Insert(frame.path, self.generation.loop, f"{name} = {reference}()\n", "before"))
+        self.edits += memory.edits(name)
 
     def _loop(self, thread: Thread, line: Timeline, name: str, axis: int) -> None:
         """Makes the cache before the loop, and empties it where the window slides."""

@@ -6,6 +6,7 @@ except ImportError as error:
     raise ImportError('modernizer.components needs PyTorch: pip install "modernizer[torch]"') from error
 
 from modernizer.components.alibi import ALiBi, alibi_slopes
+from modernizer.components.computed_once import ComputedOnce
 from modernizer.components.constellation import HybridRelay, PureRelay
 from modernizer.components.depth_scaled_init import depth_scaled_init_
 from modernizer.components.fused_linear import FusedLinear
@@ -25,6 +26,7 @@ from modernizer.components.transformer_encoder_layer import TransformerEncoderLa
 
 __all__ = [
     "ALiBi",
+    "ComputedOnce",
     "FusedLinear",
     "Gated",
     "GatedSiLU",

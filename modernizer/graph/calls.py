@@ -36,6 +36,7 @@ from modernizer.graph.values import (
 CONTAINERS = {"torch.nn.Sequential", "torch.nn.ModuleList", "torch.nn.ModuleDict", "torch.nn.ParameterList"}
 WRAPPERS = {"torch.nn.DataParallel", "torch.nn.parallel.DistributedDataParallel", "torch.compile", "torch.jit.script"}
 PRISMATIC = "modernizer.components.Prismatic"  # runs the module that it was given
+COMPUTED_ONCE = "modernizer.components.ComputedOnce"  # calls the layer that a call hands it
 RECURSION = 2  # how often one function may be active at the same time
 
 
@@ -394,6 +395,8 @@ def call_torch(
         return m.node("rearrange", (*args, pattern), node, frame, {}, module)
     if short == "FusedLinear" and args and not kwargs:
         return _fused_linear(m, frame, node, module, args)
+    if module.torch_name == COMPUTED_ONCE and len(args) == 2 and not kwargs:
+        return invoke(m, frame, node, args[0], args[1:], {})
     if module.torch_name == PRISMATIC and isinstance(module.attributes.get("expert"), Module):
         return _expert(m, frame, node, module, args, kwargs)
     op = MODULE_OPS.get(short)

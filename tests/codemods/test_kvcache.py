@@ -224,6 +224,19 @@ def test_a_trap_is_left_as_it_is(name: str, tmp_path: Path) -> None:
         assert re.search(reason, report.sites[0].message), report.sites[0].message
 
 
+@pytest.mark.parametrize("name", ["a translator", "beams"])
+def test_keys_of_what_an_encoder_made_are_computed_once(name: str) -> None:
+    """Of a cross-attention, the query is projected in each turn, key and value once for each source."""
+    old, new = (build(make) for make in rewritten(name))
+    for model, wanted in ((old, [12, 12, 12]), (new, [12, 1, 1])):
+        layers = list(model.decoder[1].cross.linears[:3])  # type: ignore[index, union-attr]
+        called: list[nn.Module] = []
+        for layer in layers:
+            layer.register_forward_hook(lambda module, inputs, output, called=called: called.append(module))
+        generate(model, prompt_of(1), 12 if name == "a translator" else 13, False)
+        assert [called.count(layer) for layer in layers] == wanted
+
+
 def test_a_loop_of_the_model_itself_runs_outside_of_replicas(tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(FORMS["attention: plain"] + "\n\ndef main():\n    return nn.DataParallel(Model())\n")
