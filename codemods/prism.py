@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -16,13 +17,24 @@ from modernizer.model_map.attention import TORCH_LAYERS
 from modernizer.model_map.residual import PROJECTIONS
 from modernizer.rule import Effect, Modern, Option, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location
-from modernizer.syntax import function_of, mentions, outward, parents
+from modernizer.syntax import function_of, mentions, outward, parents, walk
 from modernizer.vendoring import is_vendored
 
 COMPONENT = "modernizer.components.PrismAdapter"
 LAYERS = PROJECTIONS | TORCH_LAYERS
 _BUILTINS = frozenset("bool bytes complex dict float frozenset int list object set str tuple type".split())
 _ENDS = SHAPES | LIKE | {"embedding"}
+_NAME = re.compile(r"(?<![a-z])Linear\b")
+_SEARCHES = frozenset("startswith endswith find rfind index count match search fullmatch".split())
+# What chooses modules by their exact class: torch's quantisation, and traces in which torch's own layers are leaves.
+_CONVERSIONS = (
+    "quantize_dynamic",
+    "quantize_dynamic_jit",
+    "prepare_qat",
+    "prepare_fx",
+    "quantize_fx",
+    "symbolic_trace",
+)
 SMALLEST = 64  # features; a map to fewer is not worth cutting
 
 
@@ -156,6 +168,9 @@ def _objection(model: ModelMap, module: Module) -> str:
         return "the class of this layer is chosen while the program runs"
     if getattr(callee[0], "dotted", "") != "torch.nn.Linear":
         return "the class of this layer is chosen while the program runs"
+    source = module.frame.scope.source
+    if not Imports(source).spells(call.func, "torch.nn.Linear", function_of(source.tree, call)):
+        return "the class of this layer is not spelled as torch's own, so that others may be put in its place"
     if len(call.args) > 3 or any(isinstance(a, ast.Starred) for a in call.args):
         return "device and dtype are passed by place, and an adapter takes them by name"
     if any(k.arg is None for k in call.keywords):
@@ -165,21 +180,89 @@ def _objection(model: ModelMap, module: Module) -> str:
             f"the program asks for the exact class of a module at {where.path.name}:{where.line}, and an adapter is"
             " a subclass"
         )
+    if where := _puts_another_in_its_place(model):
+        return f"the program puts another class in the place of torch's at {where.path.name}:{where.line}"
     return ""
 
 
 def _asks_for_the_exact_class(model: ModelMap) -> Location | None:
-    """Where `type(m)` or `m.__class__` decides something: a subclass could be treated in another way."""
+    """Where the class of a module, or its name, decides something: a subclass could be treated in another way."""
+    for source in model.project.files():
+        if is_vendored(source):
+            continue
+        for asked in _questions(source.tree):
+            if not _is_harmless(source.tree, asked):
+                return source.location(asked)
+        for place in _answers(source.tree):
+            return source.location(place)
+    return None
+
+
+def _questions(tree: ast.Module) -> Iterator[ast.Call | ast.Attribute]:
+    """Where an object is asked for its class."""
+    found = mentions(tree)
+    for name in found.loads["type"]:
+        if (call := _asked(tree, name)) is not None:
+            yield call
+    for word in ("__class__", "__module__", "_get_name", "original_name"):
+        yield from found.attributes[word]
+
+
+def _answers(tree: ast.Module) -> Iterator[ast.AST]:
+    """Where the exact class decides in another way: `map(type, …)`, `"Linear" in str(m)`, conversions by type."""
+    found = mentions(tree)
+    yield from (name for name in found.loads["type"] if _is_handed_on(tree, name))
+    yield from found.strings["__class__"]
+    for text, places in found.strings.items():
+        if _NAME.search(text):
+            yield from (place for place in places if _is_looked_for(tree, place))
+    yield from (i for i in found.imports if (i.module or "").startswith(("torch.quantization", "torch.ao.")))
+    yield from (a for a in found.attributes["quantization"] if ast.unparse(a.value) in ("torch", "torch.ao"))
+    for word in _CONVERSIONS:
+        yield from found.attributes[word]
+        yield from found.loads[word]
+
+
+def _is_handed_on(tree: ast.Module, name: ast.Name) -> bool:
+    """Whether `type` is given to a function, or another name."""
+    above = parents(tree)[name]
+    if isinstance(above, ast.Call) and name in above.args:
+        return not (isinstance(above.func, ast.Name) and above.func.id in ("isinstance", "issubclass"))
+    return isinstance(above, ast.Assign | ast.NamedExpr) and above.value is name
+
+
+def _is_looked_for(tree: ast.Module, text: ast.Constant) -> bool:
+    """Whether a string is looked for in another that a call or a format makes."""
+    above = parents(tree)[text]
+    while isinstance(above, ast.Tuple | ast.List | ast.Set):
+        above = parents(tree)[above]
+    if isinstance(above, ast.Call) and isinstance(above.func, ast.Attribute):
+        return above.func.attr in _SEARCHES
+    if not isinstance(above, ast.Compare):
+        return False
+    return any(isinstance(n, ast.Call | ast.JoinedStr) for side in (above.left, *above.comparators) for n in walk(side))
+
+
+def _puts_another_in_its_place(model: ModelMap) -> Location | None:
+    """Where `torch.nn.Linear` itself is replaced: an adapter inherits from the one that was there before."""
     for source in model.project.files():
         if is_vendored(source):
             continue
         found = mentions(source.tree)
-        calls = [n for name in found.loads["type"] if (n := _asked(source.tree, name)) is not None]
-        every: list[ast.Call | ast.Attribute] = [*calls, *found.attributes["__class__"]]
-        for asked in every:
-            if not _is_harmless(source.tree, asked):
-                return source.location(asked)
+        stores = [n for n in found.attributes["Linear"] if not isinstance(n.ctx, ast.Load)]
+        named = [
+            n for text in ("Linear", "torch.nn.Linear") for n in found.strings[text] if _is_patched(source.tree, n)
+        ]
+        for place in (*stores, *named):
+            return source.location(place)
     return None
+
+
+def _is_patched(tree: ast.Module, name: ast.Constant) -> bool:
+    above = parents(tree)[name]
+    called = above.func if isinstance(above, ast.Call) else None
+    word = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+    return word in ("setattr", "patch", "object")
 
 
 def _asked(tree: ast.Module, name: ast.Name) -> ast.Call | None:

@@ -47,6 +47,11 @@ class Imports:
             return min(forms, key=lambda form: (form.count("."), len(form))), None
         return self._with_import(dotted, hidden | self._taken)
 
+    def spells(self, expression: ast.expr, dotted: str, within: Function | None = None) -> bool:
+        """Whether an expression, in the function `within` if given, surely is `dotted` by the imports."""
+        text = ast.unparse(expression)
+        return text.partition(".")[0] not in self._local_names(within) and text in self._forms(dotted)
+
     def _forms(self, dotted: str) -> Iterator[str]:
         """Every way to write `dotted` by the imports that are there."""
         for name, targets in self._targets.items():

@@ -182,6 +182,45 @@ REFUSED = {
           "            if part.__class__.__name__.find('Linear') != -1:\n                nn.init.normal_(part.weight)\n\n"
           "    def forward(self, image):\n"),), "exact class",
     ),
+    "a class that callers may give": (
+        (("words=70):", "words=70, linear=nn.Linear):"), ("nn.Linear(vision, dim)", "linear(vision, dim)")), "torch's own",
+    ),
+    "a class that heirs may give": (
+        (("class Net(nn.Module):\n", "class Net(nn.Module):\n    linear = nn.Linear\n\n"),
+         ("nn.Linear(vision, dim)", "self.linear(vision, dim)")), "torch's own",
+    ),
+    "a global that is bound again": (
+        (("import torch.nn.functional as F\n", "import torch.nn.functional as F\nfrom torch.nn import Linear\n\ntry:\n"
+          "    from fast_layers import Linear\nexcept ImportError:\n    pass\n"),
+         ("nn.Linear(vision, dim)", "Linear(vision, dim)")), "torch's own",
+    ),
+    "torch's class is replaced": (
+        (("class Net(nn.Module):\n", "class Scaled(nn.Linear):\n    pass\n\n\ndef patch():\n    nn.Linear = Scaled\n\n\n"
+          "class Net(nn.Module):\n"),), "in the place of torch's",
+    ),
+    "torch's class is replaced by its name": (
+        (("class Net(nn.Module):\n", "class Scaled(nn.Linear):\n    pass\n\n\ndef patch():\n"
+          "    setattr(nn, 'Linear', Scaled)\n\n\nclass Net(nn.Module):\n"),), "in the place of torch's",
+    ),
+    **{
+        f"exact types, {name}": ((("    def forward(self, image):\n", f"        for part in self.children():\n            {test}\n"
+                                  "                nn.init.normal_(part.weight)\n\n    def forward(self, image):\n"),), "exact class")
+        for name, test in {
+            "by a method of torch's": "if part._get_name() == 'Linear':",
+            "in a printed form": "if str(part).startswith('Linear('):",
+            "within a printed form": "if 'Linear(' in repr(part)[:9]:",
+            "in a format": "if f'{part}'.startswith('Linear'):",
+            "among names": "if torch.typename(part) in ('torch.nn.modules.linear.Linear',):",
+            "in a map": "if nn.Linear in map(type, [part]):",
+            "by another name": "if (kind := type)(part) is nn.Linear:",
+            "by a string": "if getattr(part, '__class__') is nn.Linear:",
+            "by their module": "if part.__module__ == 'torch.nn.modules.linear' and part.bias is not None:",
+        }.items()
+    },
+    "exact types converted": (
+        (("class Net(nn.Module):\n", "def shrink(net):\n    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear})\n"
+          "\n\nclass Net(nn.Module):\n"),), "exact class",
+    ),
 }  # fmt: skip
 
 
