@@ -7,7 +7,7 @@ TESTS ?=
 BENCH ?=
 N ?= 200
 
-.PHONY: demo test lint check bench bench-prismatic bench-prism bench-constellation bench-decode fuzz clean
+.PHONY: demo test lint check bench bench-prismatic bench-prism bench-constellation bench-decode bench-keep fuzz clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -40,6 +40,10 @@ bench-constellation: $(READY)
 # Decoding without a cache, with ours and with transformers' Llama where that is installed; about five minutes.
 bench-decode: $(READY)
 	$(BIN)/python benchmarks/decode.py --out build/decode $(BENCH)
+
+# What an upgrade costs a trained model; small without arguments, a minute on a CPU; BENCH="--features 512 …" for more.
+bench-keep: $(READY)
+	$(BIN)/python benchmarks/keep_weights.py $(BENCH)
 
 # Writes N legacy programs from the grammar in tests/grammar and applies every rule to each.
 fuzz: $(READY)
