@@ -23,6 +23,7 @@ def find_generations(model: ModelMap) -> list[Generation]:
     """Every activation of a loop in which a sequence grows by what attention to it gives."""
     contexts = [c for site in model.attentions for c in site.contexts]
     found: list[Generation] = []
+    others: list[Generation] = []
     for made in (*_by_cat(model.graph), *_by_list(model.graph), *_by_buffer(model.graph)):
         bounds = [made.start, *made.ends]
         for sequence, (first, last) in zip(made.grown, pairwise(bounds), strict=False):
@@ -31,7 +32,22 @@ def find_generations(model: ModelMap) -> list[Generation]:
         turn = made.turns[0] if made.turns else []
         if any(depends_on(leaf, c.output) for c in turn for leaf in _leaves(made.added[0])):
             found.append(made)
+        elif not any(depends_on(leaf, c.output) for c in turn for new in made.added for leaf in _leaves(new)):
+            others.append(made)
+    for generation in found:
+        _accompany(generation, [o for o in others if o.repeat is generation.repeat])
     return sorted(found, key=lambda g: (str(g.location.path), g.location.line, g.frame.order))
+
+
+def _accompany(generation: Generation, others: Sequence[Generation]) -> None:
+    """Adds what grows along with a sequence and tells nothing of what the model makes of it: a mask of padding."""
+    if generation.picks or not generation.pairs or rank(generation.grown[0]) not in (None, 2):
+        return
+    for other in others:
+        same_axis = other.axis is not None and generation.axis is not None and other.axis % 2 == generation.axis % 2
+        if not other.problem and not other.picks and other.axes in (None, 2) and other.pairs and same_axis:
+            generation.moved += other.grown
+            generation.pairs += other.pairs
 
 
 # -- sequences that are joined with what is new

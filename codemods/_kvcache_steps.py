@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from codemods._kvcache_axes import (
     BATCH,
     COMPARISONS,
+    FED,
+    GROWN,
     LAST,
     NEW,
     Known,
@@ -121,6 +123,18 @@ def _joined_sizes(line: Timeline, node: Node) -> Known | None:
         else:
             raise Stops("a shape that is put together of something else")
     return Sizes(tuple(found))
+
+
+@types("cumsum")
+def summed_up(line: Timeline, node: Node) -> Known | None:
+    """Along time it is made of what is past alone: positions that leave out padding."""
+    known = line.first(node)
+    line.free_others(node)
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis"))
+    axis = known.axes[placed(constant(given), len(known.axes))]
+    if axis.has_time and axis.letter not in (FED, GROWN):
+        raise Stops("a sum over what is past begins anew among what is new")
+    return Tensor(known.axes)
 
 
 # -- positions of our own components

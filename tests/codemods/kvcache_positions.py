@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcache_programs import BODIES, MODEL, PASSING, PLAIN, changed, program
+from kvcache_programs import BODIES, GROWING, MASKED, MODEL, PASSING, PLAIN, changed, program
 
 HEADS = """
 B, T, C = x.shape
@@ -199,30 +199,124 @@ class Weigh(nn.Module):
         "ahead = torch.ones(B, 1, T, T).triu(1)\nscores = scores.masked_fill(ahead == 1"))),
 }  # fmt: skip
 
+# -- prompts that are padded on the left, with 0
+
+_PADDED = changed(MASKED, ('float("-inf")', "-1e9"))
+_COUNTS = "        places = (keep.long().cumsum(-1) - 1).clamp(min=0)\n"
+_PADDED_MODEL = changed(
+    MODEL,
+    ("        x = self.tokens(idx) + self.places(torch.arange(T, device=idx.device))\n",
+     "        keep = idx != 0\n" + _COUNTS + "        x = self.tokens(idx) + self.places(places)\n"),
+    ("        x = self.drop(x)\n", "        x = self.drop(x)\n        ahead = torch.tril(torch.ones(T, T, device=idx.device)).bool()\n"
+     "        mask = keep[:, None, None, :] & ahead\n"),
+    ("block(x)", "block(x, mask)"), ("nn.Embedding(window, dim)", "nn.Embedding(64, dim)"),
+)  # fmt: skip
+_TOLD = changed(
+    _PADDED_MODEL, ("def forward(self, idx):", "def forward(self, idx, keep=None):"),
+    ("        keep = idx != 0\n", "        if keep is None:\n            keep = torch.ones_like(idx).bool()\n"),
+)  # fmt: skip
+_MASK_GROWS = changed(
+    GROWING, ("        for _", "        keep = idx != 0\n        for _"), ("self(idx)", "self(idx, keep)"),
+    ("            idx = torch.cat((idx, new), dim=1)\n",
+     "            idx = torch.cat((idx, new), dim=1)\n            keep = torch.cat([keep, torch.ones_like(new) > 0], dim=-1)\n"),
+)  # fmt: skip
+
+
+def _turning(setup: str, turn: str, names: str) -> str:
+    """Rotary positions that leave out padding."""
+    model = changed(
+        _PADDED_MODEL, (" + self.places(places)", ""), ("block(x, mask)", f"block(x, mask, {names})"),
+        ("        x = self.drop(x)\n", f"        x = self.drop(x)\n{setup}"),
+        ("        self.drop = ", f'        self.register_buffer("rates", {RATES.replace("WIDTH", "8")})\n        self.drop = '),
+    )  # fmt: skip
+    block = changed(PASSING, ("def forward(self, x, mask):", f"def forward(self, x, mask, {names}):"),
+                    ("self.attention(self.norm1(x), mask)", f"self.attention(self.norm1(x), mask, {names})"))  # fmt: skip
+    text = program(changed(_PADDED, ("scores = q @", turn + "scores = q @")), block, model, GROWING)
+    return _helped(changed(text, ("def forward(self, x, mask=None):", f"def forward(self, x, mask, {names}):")), HALVES)
+
+
+_TURNS = "q, k = turned(q, cos, sin), turned(k, cos, sin)\n"
+POSITIONS |= {
+    "left padding": program(_PADDED, PASSING, _PADDED_MODEL, GROWING),
+    "left padding in a window": program(_PADDED, PASSING, _PADDED_MODEL),
+    "left padding, the mask grows": program(_PADDED, PASSING, _TOLD, _MASK_GROWS),
+    "left padding, turned by the model": _turning(
+        "        angles = torch.cat((places[..., None] * self.rates, places[..., None] * self.rates), -1).unsqueeze(1)\n"
+        "        cos, sin = angles.cos(), angles.sin()\n", _TURNS, "cos, sin",
+    ),
+    "left padding, turned in attention": _turning(
+        "", f"angles = torch.outer(torch.arange(64.0), {RATES.replace('WIDTH', '8')})\nangles = torch.cat((angles, angles), -1)\n"
+        "cos, sin = angles.cos()[places].unsqueeze(1), angles.sin()[places].unsqueeze(1)\n" + _TURNS, "places",
+    ),
+}  # fmt: skip
+
 _COUNTING = POSITIONS["rotary: a module that counts"]
 _ANGLES = '        angles = torch.einsum("i,j->ij", places, self.rates)\n'
 COUNTING_TRAPS: dict[str, tuple[str, str]] = {
     "a rotation that depends on the length": (
-        changed(_COUNTING, (_ANGLES, _ANGLES + "        angles = angles / x.shape[-2]\n")), "length",
+        changed(_COUNTING, (_ANGLES, _ANGLES + "        angles = angles / x.shape[-2]\n")),
+        "length",
     ),
     "a rotation that changes once the sequence is long": (
-        changed(_COUNTING, (_ANGLES, _ANGLES + "        if x.shape[-2] > 8:\n            angles = angles / 2\n")), "length",
+        changed(_COUNTING, (_ANGLES, _ANGLES + "        if x.shape[-2] > 8:\n            angles = angles / 2\n")),
+        "length",
     ),
     "rotations counted from the end": (
-        changed(_COUNTING, ("torch.arange(x.shape[-2], device=x.device, dtype=self.rates.dtype)",
-                            "torch.arange(x.shape[-2] - 1, -1, -1, device=x.device, dtype=self.rates.dtype)")), "position|number",
+        changed(
+            _COUNTING,
+            (
+                "torch.arange(x.shape[-2], device=x.device, dtype=self.rates.dtype)",
+                "torch.arange(x.shape[-2] - 1, -1, -1, device=x.device, dtype=self.rates.dtype)",
+            ),
+        ),
+        "position|number",
     ),
     "tables of rotations read from their end": (
-        changed(POSITIONS["rotary: tables cut in attention"], ("self.cos[:T]", "self.cos[-T:]"), ("self.sin[:T]", "self.sin[-T:]")),
+        changed(
+            POSITIONS["rotary: tables cut in attention"],
+            ("self.cos[:T]", "self.cos[-T:]"),
+            ("self.sin[:T]", "self.sin[-T:]"),
+        ),
         "table|number",
     ),
     "a rotation of all keys and of the last query": (
-        changed(_COUNTING, ("q, k = self.rotary(q), self.rotary(k)", "q, k = self.rotary(q), self.rotary(k.flip(2))")), "not known",
+        changed(_COUNTING, ("q, k = self.rotary(q), self.rotary(k)", "q, k = self.rotary(q), self.rotary(k.flip(2))")),
+        "not known",
     ),
     "positions counted before attention": (
-        changed(_COUNTING, ("        self.attention = Attention(dim)\n",
-                            "        self.attention = Attention(dim)\n        self.turn = Rotary(dim)\n"),
-                ("x = x + self.attention(self.norm1(x))", "x = x + self.attention(self.turn(self.norm1(x)))")),
+        changed(
+            _COUNTING,
+            (
+                "        self.attention = Attention(dim)\n",
+                "        self.attention = Attention(dim)\n        self.turn = Rotary(dim)\n",
+            ),
+            ("x = x + self.attention(self.norm1(x))", "x = x + self.attention(self.turn(self.norm1(x)))"),
+        ),
         "outside of attention",
     ),
-}  # fmt: skip
+    "a mask that grows by what the model says": (
+        changed(
+            POSITIONS["left padding, the mask grows"],
+            ("torch.ones_like(new) > 0", "logits.max(-1, keepdim=True).values > 0"),
+        ),
+        "changes from turn to turn|not known|several",
+    ),
+    "a mask that loses its beginning": (
+        changed(
+            POSITIONS["left padding, the mask grows"],
+            ("keep = torch.cat([keep,", "keep[:, 0] = False\n            keep = torch.cat([keep,"),
+        ),
+        "several ways|changes",
+    ),
+    "positions as a share of what is no padding": (
+        changed(
+            POSITIONS["left padding"],
+            (_COUNTS, _COUNTS + "        places = places + keep.long().sum(-1, keepdim=True)\n"),
+        ),
+        "over time",
+    ),
+    "positions counted from the last token": (
+        changed(POSITIONS["left padding"], (_COUNTS, "        places = keep.long().flip(-1).cumsum(-1).flip(-1)\n")),
+        "not known",
+    ),
+}

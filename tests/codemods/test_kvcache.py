@@ -237,6 +237,15 @@ def test_keys_of_what_an_encoder_made_are_computed_once(name: str) -> None:
         assert [called.count(layer) for layer in layers] == wanted
 
 
+@pytest.mark.parametrize("name", ["left padding", "left padding, the mask grows", "left padding, turned in attention"])
+def test_a_row_with_padding_goes_on_as_it_does_alone(name: str) -> None:
+    prompt = prompt_of().clamp(min=1)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), prompt], 1)
+    old, new = rewritten(name)
+    alone, among = last_logits(build(old), prompt, 8), last_logits(build(new), padded, 8)
+    torch.testing.assert_close(among, alone, rtol=0, atol=1e-10)
+
+
 def test_a_loop_of_the_model_itself_runs_outside_of_replicas(tmp_path: Path) -> None:
     path = tmp_path / "program.py"
     path.write_text(FORMS["attention: plain"] + "\n\ndef main():\n    return nn.DataParallel(Model())\n")
