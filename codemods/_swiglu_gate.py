@@ -10,7 +10,7 @@ from modernizer.graph.query import is_const, origin
 from modernizer.graph.values import Const, Module
 from modernizer.model_map.feed_forward import CHOSEN, FeedForward
 from modernizer.model_map.projection import Projection, own_parameters
-from modernizer.weights import Group, Step, WeightMap, Widen
+from modernizer.weights import Group, Scale, Step, WeightMap, Widen
 
 # silu(beta x) / beta comes nearest to a trained layer's activation with these (for quick GELU it is the same function).
 BETAS = {"relu": 8.0, "gelu": 1.702, "gelu (tanh)": 1.702, "quick gelu": 1.702}
@@ -126,16 +126,36 @@ def widening(members: Iterable[FeedForward], upgraded: Collection[Place], module
     `upgraded` are the places of all first projections that are upgraded, `modules` all modules of the program.
     """
     groups: dict[Group, None] = {}
-    for made in members:
-        module = origin(made.first.module)
-        name = _name(module, upgraded, modules)
-        weight, bias, axis = own_parameters(made.first) or ("weight", "bias", 0)
-        steps: tuple[Step, ...] = (
-            Widen(f"{name}.{weight}", f"{name}.{weight}", axis),
-            Widen(f"{name}.{bias}", f"{name}.{bias}", 0, fill=1.0),
-        )
+    for weight, bias, axis in _parameters(members, upgraded, modules):
+        steps: tuple[Step, ...] = (Widen(weight, weight, axis), Widen(bias, bias, 0, fill=1.0))
         groups[Group("feed-forward", steps)] = None
     return WeightMap.of(*groups)
+
+
+def scaling(
+    members: Iterable[FeedForward], beta: float, upgraded: Collection[Place], modules: Collection[Module]
+) -> WeightMap:
+    """How gates take their beta up: `silu(beta z) / beta * v` is `silu(z) * v` of beta times as large a gate and a
+    value that is divided by it."""
+    groups: dict[Group, None] = {}
+    factors = (beta, 1 / beta)
+    for weight, bias, axis in _parameters(members, upgraded, modules):
+        steps: tuple[Step, ...] = (Scale(weight, weight, factors, axis), Scale(bias, bias, factors, 0, optional=True))
+        groups[Group("feed-forward", steps)] = None
+    return WeightMap.of(*groups)
+
+
+def _parameters(
+    members: Iterable[FeedForward], upgraded: Collection[Place], modules: Collection[Module]
+) -> Iterator[tuple[str, str, int]]:
+    """The weight and bias of each first projection, by names that tell them from others, and its axis of outputs."""
+    for made in members:
+        name = _name(origin(made.first.module), upgraded, modules)
+        own = own_parameters(made.first)
+        if own is None and made.first.kind == "own":
+            raise Refused(f"where the weight and bias of `{name}` lie in a checkpoint cannot be told")
+        weight, bias, axis = own or ("weight", "bias", 0)
+        yield f"{name}.{weight}", f"{name}.{bias}", axis
 
 
 def _name(module: Module, upgraded: Collection[Place], modules: Collection[Module]) -> str:

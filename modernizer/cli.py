@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+FINISH = "finish"  # the rule that `apply --finish` means
 COLOURS = {"done": "green", "planned": "cyan", "legacy": "yellow", "refused": "magenta", "modern": "blue"}
 PATHS = click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path))
 FORMAT = click.option(
@@ -80,7 +81,10 @@ def main(traceback: bool) -> None:
 
 @main.command(cls=CommandWithRuleOptions)
 @PATHS
-@click.option("--rule", "-r", "names", multiple=True, required=True, help="Rules to apply, a comma between them.")
+@click.option("--rule", "-r", "names", multiple=True, help="Rules to apply, a comma between them.")
+@click.option(
+    "--finish", is_flag=True, help="Take out what --keep-weights wrote for a bridge; `export` the weights then."
+)
 @click.option("--diff", is_flag=True, help="Show the changes and write nothing.")
 @click.option("--vendor", is_flag=True, help="Write the needed components beside the code instead of importing them.")
 @click.option("--verify", is_flag=True, help="Run the model before and after; write nothing unless all promises hold.")
@@ -91,6 +95,7 @@ def main(traceback: bool) -> None:
 def apply(
     paths: Sequence[Path],
     names: Sequence[str],
+    finish: bool,
     diff: bool,
     vendor: bool,
     verify: bool,
@@ -104,6 +109,9 @@ def apply(
     from modernizer import pipeline
     from modernizer.vendoring import vendor as use_vendored
 
+    names = [*names, *([FINISH] if finish else [])]
+    if not names:
+        raise click.UsageError("Missing option '--rule' / '-r'.")
     rules = _selected(names)
     options = _rule_options(rules, given)
     steps: list[pipeline.Step] = [use_vendored] if vendor else []
@@ -325,6 +333,37 @@ def _print_outcome(outcome: Outcome, output: Path, style: str) -> None:
     change = f"{outcome.before:.4f} -> {outcome.after:.4f} ({outcome.after - outcome.before:+.4f})"
     click.echo(f"{outcome.objective.name}: {change} {outcome.objective.unit}, on {outcome.held_out:,} held-out tokens")
     click.echo(f"written: {shown(output)}")
+
+
+@main.command()
+@click.option("--checkpoint", "source", required=True, type=click.Path(path_type=Path), help="The tuned weights.")
+@click.option("--output", "-o", "target", required=True, type=click.Path(path_type=Path), help="The file to write.")
+def export(source: Path, target: Path) -> None:
+    """Make tuned weights those of the plain modern model, after `apply --finish`.
+
+    What existed only for the bridge goes into the weights, by the map that `apply --finish` recorded.
+    """
+    from modernizer.report import shown
+    from modernizer.weights import MapError
+    from modernizer.weights.recorded import FOLDER, recorded
+
+    used = [path for path in recorded(Path.cwd()) if FINISH in path.stem.partition("-")[2].split("+")]
+    if not used:
+        raise click.UsageError(
+            f"nothing to fold is recorded in {FOLDER} here or above: `modernize apply --finish` first"
+        )
+    try:
+        from modernizer.weights.checkpoint import CheckpointError
+        from modernizer.weights.migrate import load_maps
+        from modernizer.weights.migrate import migrate as carry_over
+    except ImportError as error:
+        raise click.UsageError('export needs PyTorch: pip install "modernizer[torch]"') from error
+    try:
+        carry_over(source, target, load_maps(used[-1:]))
+    except (MapError, CheckpointError) as error:
+        click.echo(click.style(f"error: {error}; nothing was written", fg="red"), err=True)
+        raise SystemExit(2) from error
+    click.echo(f"{shown(target)}: a plain model's weights, with {shown(used[-1])}")
 
 
 @main.command(name="rules")

@@ -180,6 +180,24 @@ def test_what_has_no_conversion_needs_training(place: Path):
     assert not (place / "new.pt").exists()
 
 
+def test_tuned_weights_are_exported(place: Path):
+    runner = CliRunner()
+    nothing = runner.invoke(main, ["export", "--checkpoint", "old.pt", "-o", "final.pt"])
+    assert nothing.exit_code == 2 and "apply --finish" in nothing.output
+    assert runner.invoke(main, "apply --rule swiglu --keep-weights new/model.py".split()).exit_code == 0
+    assert run("--rule", "swiglu").exit_code == 0
+    tuned = outputs(place / "new" / "model.py", "new.pt")
+    done = runner.invoke(main, "apply --finish new/model.py".split())
+    assert done.exit_code == 0 and "beta" not in (place / "new" / "model.py").read_text()
+    exported = runner.invoke(main, "export --checkpoint new.pt -o final.pt".split())
+    assert exported.exit_code == 0, exported.output
+    torch.testing.assert_close(outputs(place / "new" / "model.py", "final.pt"), tuned, rtol=0, atol=1e-5)
+    assert (outputs(place / "new" / "model.py", "new.pt") - tuned).abs().max() > 1e-3
+    torch.save({"other": torch.ones(1)}, "other.pt")
+    wrong = runner.invoke(main, "export --checkpoint other.pt -o wrong.pt".split())
+    assert wrong.exit_code == 2 and "nothing was written" in wrong.output and not Path("wrong.pt").exists()
+
+
 def test_positions_are_bridged(place: Path):
     for name in ("old", "new"):
         text = OLD.replace("self.layers = nn", "self.pos = nn.Embedding(64, d)\n        self.layers = nn")
