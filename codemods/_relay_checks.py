@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from codemods._kvcache_masks import BLOCKS, future
 from codemods._relay_axes import attends_over_time
-from modernizer.graph.query import ACTIVATIONS, IDENTITY, LIKE, SHAPES, ancestors, is_none
+from modernizer.graph.query import ACTIVATIONS, IDENTITY, LIKE, SHAPES, ancestors, is_const, is_none
 from modernizer.graph.rank import is_number, rank
 from modernizer.graph.values import Const, Node, Value, flatten
 from modernizer.model_map import ModelMap
@@ -19,6 +20,7 @@ _IN_PLACE = (
     | frozenset("layer_norm rms_norm add sub mul div neg linear merge parameter config embedding".split())
 )
 _QUIET = frozenset("cast same view softmax dropout clamp nan_to_num neg tanh".split())
+_LEARNED = frozenset("linear embedding layer_norm rms_norm matmul einsum cos sin polar softmax".split())
 _OPEN = frozenset("input opaque unknown iter attr".split())
 
 
@@ -55,6 +57,10 @@ def check(model: ModelMap, context: Attention, residual: Residual, causal: bool)
         )
     if not all(is_causal_mask(mask) for mask in masks):
         raise Refused("its mask is not only causal (padding, or made by the caller), and a relay takes none")
+    if masks and not _shows_the_past(context):
+        raise Refused("it cannot be told that its mask hides nothing of earlier tokens, and a relay reads all of them")
+    if _is_scaled_by_others(context, residual):
+        raise Refused("tokens are multiplied by something the caller gives, a mask maybe, and a relay takes none")
 
 
 # -- where tokens are
@@ -100,17 +106,29 @@ def masks_of(context: Attention) -> Iterator[Value | None]:
     """Everything that hides scores or weights; None for what is causal by its name."""
     for step in context.steps:
         yield from _hidden_by(step)
-    if context.form not in ("sdpa", "mha"):
-        return
-    places = {"attn_mask": 3, "is_causal": 5} if context.form == "sdpa" else {
-        "key_padding_mask": 3, "attn_mask": 5, "is_causal": 7
-    }  # fmt: skip
-    arguments = context.scores.args
-    for name, place in places.items():
-        value = context.scores.kwargs.get(name, arguments[place] if len(arguments) > place else None)
-        if value is None or is_none(value) or (isinstance(value, Const) and value.value is False):
-            continue
-        yield None if name == "is_causal" else value
+    yield from masks_given(context)
+    if _argument(context, {"sdpa": ("is_causal", 5), "mha": ("is_causal", 7)}) is not None:
+        yield None
+
+
+def masks_given(context: Attention) -> Iterator[Value]:
+    """The masks that torch's attention is handed."""
+    for places in (
+        {"sdpa": ("attn_mask", 3), "mha": ("key_padding_mask", 3)},
+        {"mha": ("attn_mask", 5)},
+    ):
+        value = _argument(context, places)
+        if value is not None:
+            yield value
+
+
+def _argument(context: Attention, places: Mapping[str, tuple[str, int]]) -> Value | None:
+    """What torch's attention is given by a name or at a place, None where that is nothing or False."""
+    if context.form not in places:
+        return None
+    (name, place), arguments = places[context.form], context.scores.args
+    value = context.scores.kwargs.get(name, arguments[place] if len(arguments) > place else None)
+    return None if value is None or is_none(value) or is_const(value, False) else value
 
 
 def _hidden_by(step: Step) -> Iterator[Value | None]:
@@ -144,6 +162,55 @@ def is_causal_mask(mask: Value | None) -> bool:
     made = [n for n in ancestors(mask, _says_nothing).values() if not _says_nothing(n)]
     triangles = {n.node for n in made if n.op in ("tril", "triu")}
     return len(triangles) == 1 and not any(n.op in _OPEN or n.op == "arange" for n in made)
+
+
+def _shows_the_past(context: Attention) -> bool:
+    """Whether no earlier key is hidden: what masks hold below the diagonal leaves scores and weights as they are."""
+    if not all(_leaves_earlier(step) for step in context.steps):
+        return False
+    return all(_shows(context, value) for value in masks_given(context))
+
+
+def _shows(context: Attention, mask: Value) -> bool:
+    """Of a mask that torch is handed. SDPA keeps where a boolean one says True, and adds others."""
+    earlier, later = future(mask, above=False), future(mask)
+    if context.form == "sdpa" and later == 0:
+        return earlier == 1
+    return earlier == 0 and (context.form == "mha" or (later is not None and later <= BLOCKS))
+
+
+def _leaves_earlier(step: Step) -> bool:
+    if not list(_hidden_by(step)):
+        return True
+    operand, node = step.operand, step.node
+    if operand is None:
+        return False
+    below = future(operand, above=False)
+    if step.kind == "where":
+        return below == (0.0 if len(node.args) == 3 and node.args[1] is step.fill else 1.0)
+    return below == {"masked_fill": 0.0, "setitem": 0.0, "add": 0.0, "sub": 0.0, "mul": 1.0}.get(step.kind)
+
+
+def _is_scaled_by_others(context: Attention, residual: Residual) -> bool:
+    """Whether tokens, on their way to the projections, or values are multiplied by what the caller gives as it is."""
+    ends = {id(p) for p in _projections(context)}
+    way = {i: n for end in _reads(context) for i, n in ancestors(end).items() if i in residual.between}
+    from_projections = set(ends)
+    for node in sorted(ancestors(context.value, lambda n: id(n) in ends).values(), key=lambda n: n.order):
+        if any(id(source) in from_projections for source in node.sources) and node.op not in SHAPES:
+            from_projections.add(id(node))
+            way[id(node)] = node
+    for node in way.values():
+        for other in node.args if node.op in ("mul", "div") and id(node) not in ends else ():
+            made = ancestors(other, lambda n: id(n) in way or n is residual.stream or _is_made(n))
+            if id(other) not in way and any(n.op in _OPEN for n in made.values()):
+                return True
+    return False
+
+
+def _is_made(node: Node) -> bool:
+    """Whether a datum says nothing of what the caller hides: it is learned, a rotation, or a size."""
+    return node.op in _LEARNED or _says_nothing(node)
 
 
 def _says_nothing(node: Node) -> bool:

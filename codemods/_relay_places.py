@@ -13,13 +13,17 @@ from modernizer.model_map import ModelMap
 from modernizer.model_map.attention import Attention
 from modernizer.model_map.residual import Residual
 from modernizer.source import Location, SourceFile
-from modernizer.syntax import below, loops_around, mentions, outward, walk
+from modernizer.syntax import below, loops_around, mentions, outward, parents, walk
 from modernizer.vendoring import is_vendored
 
 _WIDTHS = {"LayerNorm": "normalized_shape", "RMSNorm": "normalized_shape", "MultiheadAttention": "embed_dim"}
 # A relay's choice of tokens is code that looks at sizes.
 _COMPILERS = (("script", "jit"), ("script_method", "jit"), ("ScriptModule", "jit"), ("trace", "jit"),
-              ("symbolic_trace", "fx"), ("export", "onnx"))  # fmt: skip
+              ("symbolic_trace", "fx"), ("export", "onnx"), ("vmap", "torch"), ("vmap", "func"))  # fmt: skip
+_SIZES = frozenset("dim ndim ndimension shape size".split())
+_CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
+_NEED_TWO_AXES = ("xavier", "kaiming", "orthogonal", "eye", "sparse", "dirac")
+_WALKS = ("modules", "named_modules", "children", "named_children")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def find_place(model: ModelMap, residuals: Sequence[Residual], contexts: Sequenc
         raise Refused("the sum does not stand in a method of a module")
     if not isinstance(init, ast.FunctionDef) or not init.args.args:
         raise Refused("the class around the sum has no constructor of its own")
+    if "__setattr__" in owner.members or owner.torch_base().rpartition(".")[2] in _CONTAINERS:
+        raise Refused("the class around the sum treats its parts in its own way: it may run, count or refuse new ones")
     _check_one_layer(source, residuals, contexts)
     _check_heirs(model, owner)
     for module in _of_known_width(residuals, contexts):
@@ -143,17 +149,79 @@ def check_program(model: ModelMap, knows: Callable[[ast.FunctionDef], bool] = la
     for source in model.project.files():
         if is_vendored(source):
             continue
-        for name in mentions(source.tree).attributes["named_parameters"]:
+        found = mentions(source.tree)
+        for name in found.attributes["named_parameters"]:
             around = next((n for n in outward(source.tree, name) if isinstance(n, ast.FunctionDef)), None)
-            stops = around is not None and any(isinstance(n, ast.Assert | ast.Raise) for n in below(around))
-            if around is not None and stops and not knows(around):
+            if around is not None and _stops(around) and not knows(around):
                 raise Refused(f"the program sorts its parameters by name at {_short(source.location(name))} and stops"
                               " at unknown ones")  # fmt: skip
-        for word, home in _COMPILERS:
-            for name in mentions(source.tree).attributes[word]:
-                if isinstance(name.value, ast.Attribute | ast.Name) and ast.unparse(name.value).endswith(home):
-                    raise Refused(f"modules are made into graphs at {_short(source.location(name))}, which parts that"
-                                  " look at sizes do not allow")  # fmt: skip
+        for sorting, place in _sorts_modules(source):
+            if not knows(sorting):
+                raise Refused(f"the program sorts its modules by class at {_short(source.location(place))} and stops"
+                              " at unknown ones")  # fmt: skip
+        for place in _initialises_all(source):
+            raise Refused(f"the program initialises all parameters alike at {_short(source.location(place))}, which"
+                          " fails on vectors")  # fmt: skip
+        for place in _compiled(source):
+            raise Refused(f"modules are made into graphs at {_short(source.location(place))}, which parts that look"
+                          " at sizes do not allow")  # fmt: skip
+
+
+def _stops(function: ast.AST) -> bool:
+    return any(isinstance(n, ast.Assert | ast.Raise) for n in below(function))
+
+
+def _sorts_modules(source: SourceFile) -> Iterator[tuple[ast.FunctionDef, ast.AST]]:
+    """Functions that ask each module for its class and may stop: they walk over modules, or are applied to all."""
+    found = mentions(source.tree)
+    for word in _WALKS:
+        for walked in found.attributes[word]:
+            loop = next(loops_around(source.tree, walked), None) or _loop_over(source.tree, walked)
+            around = next((n for n in outward(source.tree, walked) if isinstance(n, ast.FunctionDef)), None)
+            if loop is not None and around is not None and _asks_for_classes(loop) and _stops(loop):
+                yield around, walked
+    for applied in found.attributes["apply"]:
+        call = parents(source.tree)[applied]
+        given = call.args[0] if isinstance(call, ast.Call) and call.func is applied and call.args else None
+        name = given.attr if isinstance(given, ast.Attribute) else given.id if isinstance(given, ast.Name) else ""
+        for function in found.methods.get(name, ()):
+            if _asks_for_classes(function) and _stops(function):
+                yield function, applied
+
+
+def _initialises_all(source: SourceFile) -> Iterator[ast.AST]:
+    """Loops over parameters or modules that use an initialiser for matrices, and look at no class and no size."""
+    found = mentions(source.tree)
+    for word in ("parameters", "named_parameters", *_WALKS):
+        for walked in found.attributes[word]:
+            loop = next(loops_around(source.tree, walked), None) or _loop_over(source.tree, walked)
+            if loop is None or _asks_for_classes(loop):
+                continue
+            attributes = {n.attr for n in below(loop) if isinstance(n, ast.Attribute)}
+            if any(a.startswith(_NEED_TWO_AXES) for a in attributes) and not attributes & _SIZES:
+                yield walked
+
+
+def _loop_over(tree: ast.Module, walked: ast.Attribute) -> ast.stmt | None:
+    """The loop whose modules an expression names."""
+    statement = next((n for n in outward(tree, walked) if isinstance(n, ast.stmt)), None)
+    return statement if isinstance(statement, ast.For) else None
+
+
+def _asks_for_classes(part: ast.AST) -> bool:
+    return any(isinstance(n, ast.Name) and n.id in ("isinstance", "type") for n in below(part))
+
+
+def _compiled(source: SourceFile) -> Iterator[ast.AST]:
+    found = mentions(source.tree)
+    for word, home in _COMPILERS:
+        for name in found.attributes[word]:
+            if isinstance(name.value, ast.Attribute | ast.Name) and ast.unparse(name.value).endswith(home):
+                yield name
+        for statement in found.imports:
+            module = statement.module or ""
+            if module.startswith("torch") and (module.endswith(home) or module == f"torch.{home}"):
+                yield from (statement for alias in statement.names if alias.name == word)
 
 
 def _short(where: Location) -> str:

@@ -6,6 +6,7 @@ from relay_programs import CAUSAL, HEAD, PLAIN, WRITTEN, changed, program
 
 _MASKED = "this attention is masked"
 _NOT_ONLY = "not only causal"
+_PAST = "hides nothing of earlier tokens"
 _AXES = "attended to as a whole along its time"
 _JOINED = "keys are joined"
 _LAYERS = "several layers"
@@ -26,6 +27,17 @@ PADDED = changed(
         "        if padding is not None:\n            scores = scores.masked_fill(padding, -1e9)\n        mixed = ",
     ),
 )
+_CAUSAL_WRITTEN = program(mixed="written out", mask="buffer")
+
+
+def masked(statements: str) -> str:
+    """An attention with these statements in the place of its mask."""
+    start = _CAUSAL_WRITTEN.index("        scores = scores.masked_fill")
+    end = _CAUSAL_WRITTEN.index("        mixed = ")
+    return _CAUSAL_WRITTEN[:start] + statements + _CAUSAL_WRITTEN[end:]
+
+
+_ONES = "torch.ones(x.shape[1], x.shape[1])"
 _BARE = [
     (PLAIN[PLAIN.index("class Block") : PLAIN.index("class Net")], ""),
     ("nn.ModuleList([Block(dim", "nn.ModuleList([Attention(dim"),
@@ -201,6 +213,78 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "compiled from its source": (
         PLAIN + "\n\ndef compiled(model):\n    return torch.jit.script(model)\n", "made into graphs", (),
+    ),
+    **{
+        f"hides earlier tokens: {name}": (masked(statements), _PAST, ("causal",))
+        for name, statements in {
+            "the other triangle": f"        scores = scores.masked_fill({_ONES}.tril(-1).bool(), -1e9)\n",
+            "the other triangle kept": f"        scores = scores.masked_fill({_ONES}.triu() == 0, -1e9)\n",
+            "the other triangle added": f"        scores = scores + torch.full_like({_ONES}, -1e9).tril(-1)\n",
+            "transposed": f"        scores = scores.masked_fill({_ONES}.triu(1).t().bool(), -1e9)\n",
+            "flipped": f"        scores = scores.masked_fill({_ONES}.triu(1).flip(0).flip(1).bool(), -1e9)\n",
+            "far ones": f"        scores = scores.masked_fill({_ONES}.tril(-3).bool(), -1e9)\n",
+            "one": f"        seen = {_ONES}.tril()\n        seen[3:, 2] = 0\n"
+            "        scores = scores.masked_fill(seen == 0, -1e9)\n",
+            "some by chance": f"        some = (torch.rand(6, 6) > 0.5)[: x.shape[1], : x.shape[1]] | torch.eye(x.shape[1]).bool()\n"
+            f"        scores = scores.masked_fill(~({_ONES}.tril().bool() & some), -1e9)\n",
+        }.items()
+    },
+    "hides earlier tokens: the other triangle given to torch": (
+        changed(CAUSAL, ("attn_mask=self.seen[", "attn_mask=self.seen.t()[")), _PAST, ("causal",),
+    ),
+    **{
+        f"tokens multiplied by a mask, {name}": (
+            changed(
+                WRITTEN, *_PADDED[1:],
+                ("    def forward(self, x):\n        batch", "    def forward(self, x, real):\n        batch"),
+                ("self.attention(self.norm(x), padding)", given),
+                ("            x = block(x, padding)\n", "            x = block(x, (ids > 2)[..., None] if padding is None else padding)\n"),
+                ("        scores = q", changes + "        scores = q"),
+            ),
+            "multiplied by something", (),
+        )
+        for name, given, changes in (
+            ("before", "self.attention(self.norm(x) * padding, padding)", ""),
+            ("values", "self.attention(self.norm(x), padding)", "        v = v * real[:, None]\n"),
+        )
+    },
+    "a container that runs its parts": (
+        changed(
+            PLAIN,
+            ("class Block(nn.Module):", "class Block(nn.Sequential):"),
+            ("        super().__init__()\n        self.attention = Attention(dim, heads)\n        self.norm = nn.LayerNorm(dim)\n",
+             "        super().__init__(nn.LayerNorm(dim), Attention(dim, heads))\n"),
+            ("        self.norm2 = nn.LayerNorm(dim)\n        self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))\n"
+             "        self.drop = nn.Dropout(0.1)\n        self.scale = nn.Parameter(0.5 * torch.ones(dim))\n", ""),
+            ("        x = x + self.drop(self.attention(self.norm(x)))\n        return x + self.ff(self.norm2(x))\n",
+             "        return x + super().forward(x)\n"),
+        ),
+        "in its own way", (),
+    ),
+    **{
+        f"modules sorted by class, {name}": (
+            changed(PLAIN, ("        self.head = nn.Linear(dim, words)\n", "        self.head = nn.Linear(dim, words)\n" + start)),
+            "sorts its modules", (),
+        )
+        for name, start in {
+            "in a loop": "        for part in self.modules():\n"
+            "            if not list(part.children()) and not isinstance(part, (nn.Linear, nn.Embedding, nn.LayerNorm)):\n"
+            "                assert isinstance(part, (nn.GELU, nn.Dropout)), part\n",
+            "by a function": "        self.apply(self.start)\n\n    def start(self, part):\n"
+            "        if isinstance(part, nn.Linear):\n            nn.init.normal_(part.weight)\n"
+            "        elif list(part.parameters(recurse=False)) and not hasattr(part, 'weight') and part.scale is None:\n"
+            "            raise TypeError(part)\n",
+        }.items()
+    },
+    "initialised without a look at sizes": (
+        PLAIN + "\n\ndef start(model):\n    for weight in model.parameters():\n        nn.init.xavier_uniform_(weight)\n",
+        "fails on vectors", (),
+    ),
+    "compiled by an imported name": (
+        changed(PLAIN, ("from einops", "from torch.jit import script as compiled\nfrom einops")), "made into graphs", (),
+    ),
+    "mapped over": (
+        PLAIN + "\n\ndef mapped(model, ids):\n    return torch.vmap(model)(ids)\n", "made into graphs", (),
     ),
     "torch's layer": (
         changed(
