@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,42 @@ class Whole:
         return step
 
 
+class Rewritten:
+    """The program without a cache, as the rule `kvcache` rewrites it: it is still handed the whole sequence."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def start(self) -> Step:
+        seen: list[Tensor] = []
+        cache = KVCache()
+
+        def step(new: Tensor) -> Tensor:
+            seen.append(new)
+            logits: Tensor = self.model(torch.cat(seen, 1), cache=cache)[:, -1]
+            return logits
+
+        return step
+
+
+def rewritten(sizes: dict[str, int]) -> Any:
+    """The plain model's class after `modernize apply --rule kvcache`, made; None where the engine is not installed."""
+    if importlib.util.find_spec("libcst") is None:
+        return None
+    from codemods.kvcache import KVCacheRule
+    from modernizer.pipeline import upgrade
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plain_llama.py"
+        path.write_text((Path(__file__).parent / "plain_llama.py").read_text())
+        report = upgrade([path], [KVCacheRule()], {})
+        if [site.status.name for site in report.sites] != ["DONE"]:
+            raise RuntimeError(f"the rule kvcache did not rewrite {path.name}: {report.sites}")
+        scope: dict[str, Any] = {"__name__": "rewritten"}
+        exec(compile(path.read_text(), path.name, "exec"), scope)
+    return scope["Llama"](**sizes)
+
+
 class Ours:
     def __init__(self, model: CachedLlama) -> None:
         self.model = model
@@ -208,6 +245,10 @@ class Bench:
         ours = CachedLlama(**sizes).eval()
         ours.load_state_dict(fused(plain.state_dict()))
         self.plain, self.ours = self._placed(plain), self._placed(ours)
+        self.rewritten = rewritten(sizes)
+        if self.rewritten is not None:
+            self.rewritten.load_state_dict(plain.state_dict())
+            self.rewritten = self._placed(self.rewritten.eval())
         self.theirs: Theirs | None = None
         if importlib.util.find_spec("transformers") is not None:
             self.theirs = Theirs(sizes, plain.state_dict())
@@ -230,6 +271,14 @@ class Bench:
             whole = torch.stack([self.ours(part, KVCache()) for part in every], 1)
         found = {"cached - whole (float64)": float((logits - whole).abs().max())}
         self.ours.to(self.dtype)
+        if self.rewritten is not None:
+            self.plain.double(), self.rewritten.double()
+            given = [prompt, *tokens.split(1, 1)]
+            with torch.inference_mode():
+                steps = [way.start() for way in (Whole(self.plain), Rewritten(self.rewritten))]
+                plain, ours = (torch.stack([step(new) for new in given]) for step in steps)
+            found["rewritten - no cache (float64)"] = float((plain - ours).abs().max())
+            self.plain.to(self.dtype), self.rewritten.to(self.dtype)
         if self.theirs is not None:
             given = [prompt, *tokens.split(1, 1)]  # the same tokens for all, also where roundings part their ways
             ways = [way.start() for way in (Whole(self.plain), Ours(self.ours), self.theirs)]
@@ -242,7 +291,9 @@ class Bench:
     def speed(self, batch: int, count: int, every: int, repeats: int) -> Row:
         """Tokens a second, the best of several runs that are made in turns."""
         prompt = self.prompt(batch)
-        cached: dict[str, Ours | Theirs] = {"ours": Ours(self.ours)}
+        cached: dict[str, Ours | Theirs | Rewritten] = {"ours": Ours(self.ours)}
+        if self.rewritten is not None:
+            cached["rewritten"] = Rewritten(self.rewritten)
         if self.theirs is not None:
             cached["transformers"] = self.theirs
         taken: dict[str, list[float]] = {name: [] for name in ("no cache", *cached)}
@@ -256,6 +307,8 @@ class Bench:
         rate = {name: batch * count / min(times) for name, times in taken.items()}
         row: Row = {"batch": batch, "tokens": count, **{f"{name}, tokens/s": value for name, value in rate.items()}}
         row["ours / no cache"] = rate["ours"] / rate["no cache"]
+        if self.rewritten is not None:
+            row["rewritten / no cache"] = rate["rewritten"] / rate["no cache"]
         if self.theirs is not None:
             row["ours / transformers"] = rate["ours"] / rate["transformers"]
         return row
