@@ -162,6 +162,7 @@ def show_map(paths: Sequence[Path]) -> None:
 @click.option("--call", help="An expression of `model` and `inputs`, where calling the model is not enough.")
 @click.option("--rule", "-r", "names", multiple=True, help="Rules that were applied: checks their own properties too.")
 @click.option("--effect", type=click.Choice([effect.value for effect in Effect]), help="What is promised.")
+@click.option("--map", "maps", multiple=True, type=click.Path(path_type=Path), help="A weight map; several in order.")
 @click.option("--timeout", default=120.0, show_default=True, help="Seconds for each of the two runs.")
 @click.option("--memory", default=4096, show_default=True, help="MiB for each of the two runs.")
 @FORMAT
@@ -173,6 +174,7 @@ def verify(
     call: str | None,
     names: Sequence[str],
     effect: str | None,
+    maps: Sequence[Path],
     timeout: float,
     memory: int,
     style: str,
@@ -180,11 +182,13 @@ def verify(
     """Run a model before and after a rewrite, and show what changed and what did not.
 
     What is checked follows from the effect: the one given, else that of the rules given, else that of all rules that
-    find less to do afterwards.
+    find less to do afterwards. With --map, as `apply` has left one, the old weights are carried over by it.
     """
     from modernizer.proving import weakest
     from modernizer.verify import VerifyError
     from modernizer.verify import verify as run_both
+    from modernizer.weights import MapError
+    from modernizer.weights.recorded import load_maps
 
     rules = _selected(names) if names else []
     promised = Effect(effect) if effect else weakest(rule.effect for rule in rules or _settled_rules(before, after))
@@ -199,8 +203,9 @@ def verify(
             rules=[rule.name for rule in rules],
             timeout=timeout,
             memory_mb=memory,
+            weights=load_maps(maps) if maps else None,
         )
-    except VerifyError as error:
+    except (VerifyError, MapError) as error:
         raise click.UsageError(str(error)) from error
     if style == "json":
         click.echo(json.dumps({"effect": promised.value, **report.to_json()}, indent=2))
@@ -230,14 +235,13 @@ def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool, lik
         raise click.UsageError("--like is for --reverse")
     from modernizer.report import shown
     from modernizer.weights import MapError
-    from modernizer.weights.recorded import FOLDER, recorded
+    from modernizer.weights.recorded import FOLDER, load_maps, recorded
 
     used = list(maps) or recorded(Path.cwd())
     if not used:
         raise click.UsageError(f"no weight map: none is recorded in {FOLDER} here or above, so name one with --map")
     try:
         from modernizer.weights.checkpoint import CheckpointError
-        from modernizer.weights.migrate import load_maps
         from modernizer.weights.migrate import migrate as carry_over
     except ImportError as error:
         raise click.UsageError('migrate needs PyTorch: pip install "modernizer[torch]"') from error
@@ -345,7 +349,7 @@ def export(source: Path, target: Path) -> None:
     """
     from modernizer.report import shown
     from modernizer.weights import MapError
-    from modernizer.weights.recorded import FOLDER, recorded
+    from modernizer.weights.recorded import FOLDER, load_maps, recorded
 
     used = [path for path in recorded(Path.cwd()) if FINISH in path.stem.partition("-")[2].split("+")]
     if not used:
@@ -354,7 +358,6 @@ def export(source: Path, target: Path) -> None:
         )
     try:
         from modernizer.weights.checkpoint import CheckpointError
-        from modernizer.weights.migrate import load_maps
         from modernizer.weights.migrate import migrate as carry_over
     except ImportError as error:
         raise click.UsageError('export needs PyTorch: pip install "modernizer[torch]"') from error

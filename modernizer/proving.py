@@ -46,6 +46,7 @@ def prove(report: Report, paths: Sequence[Path], experiment: Experiment, options
             rules=list(dict.fromkeys(site.rule for site in made)),
             timeout=experiment.timeout,
             budget=None if options.get("keep_hidden") else 2.0,
+            weights=report.weights,
         )
     if not report.verification.passed:
         raise Objection(f"{report.verification}\nnothing was written")

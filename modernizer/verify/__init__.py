@@ -19,6 +19,7 @@ from modernizer.rule import Effect
 from modernizer.verify.process import Child
 from modernizer.verify.report import Check, VerifyReport
 from modernizer.verify.request import Request, Target, VerifyError, locate
+from modernizer.weights import WeightMap
 
 __all__ = ["Check", "VerifyError", "VerifyReport", "verify"]
 
@@ -36,6 +37,7 @@ def verify(
     memory_mb: int = 4096,
     seeds: int = 3,
     budget: float | None = 2.0,
+    weights: WeightMap | None = None,
 ) -> VerifyReport:
     """Builds and calls the model of both programs and compares what `effect` promises.
 
@@ -48,6 +50,7 @@ def verify(
     memory_mb: how much memory each may ask for, beyond what torch itself takes
     seeds:     how many sets of weights are tried where outputs must be equal
     budget:    percent by which swiglu may change the number of parameters; None where the old width was kept
+    weights:   how the weights of the one become those of the other; None where they load as they are
 
     A program that crashes, hangs or takes too much memory is a failed check. Raises VerifyError where nothing can be
     run: torch is not installed, or a path or module is not there.
@@ -72,6 +75,7 @@ def verify(
                 memory_mb=memory_mb,
                 record=str(scratch / "before.pt"),
                 result=str(scratch / f"{side}.json"),
+                weights=weights.to_json() if weights is not None else "",
             )
             return Child(request, scratch, timeout)
 

@@ -54,9 +54,10 @@ def _exact(request: Request) -> bool:
 
 
 def weights_load(before: Recording, after: Recording, request: Request) -> Verdict:
-    """The old state dict loads strictly."""
+    """The old state dict loads strictly, carried over where there is a map."""
     why = after.facts["load"]
-    return Check("weights load", not why, why or f"all {len(before.state)} entries of the old state dict, strictly")
+    how = "carried over by the weight map" if "moved" in after.facts else "strictly"
+    return Check("weights load", not why, why or f"all {len(before.state)} entries of the old state dict, {how}")
 
 
 def outputs_equal(before: Recording, after: Recording, request: Request) -> Verdict:
@@ -84,9 +85,11 @@ def gradients_equal(before: Recording, after: Recording, request: Request) -> Ve
     if "float64" in after.errors:
         return None  # said already
     worst, where, shared = 0.0, "", 0
+    moved = set(after.facts.get("moved", ()))  # what a map folds has another gradient by the chain rule
     for first, second in pairs:
         floor = 1e-3 * max(g.abs().max().item() for g in first.values())
-        names = [n for n in first if n in after.parameters and after.parameters[n] == before.parameters[n]]
+        same = [n for n in first if n in after.parameters and after.parameters[n] == before.parameters[n]]
+        names = [n for n in same if n not in moved]
         shared = len(names)
         for parameter in names:
             gap = _tensor_gap(first[parameter], second.get(parameter), floor)

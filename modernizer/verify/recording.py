@@ -15,7 +15,9 @@ from modernizer.verify import dependence, flow
 from modernizer.verify.loading import Subject
 from modernizer.verify.request import Request
 from modernizer.verify.tensors import leaves, rebuild
-from modernizer.verify.weights import load_matching, load_strictly, shake, snapshot
+from modernizer.verify.weights import aliases, load_matching, load_strictly, shake, shaken, snapshot
+from modernizer.weights import MapError, WeightMap
+from modernizer.weights.apply import carry
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Recorder:
     def __init__(self, subject: Subject, request: Request, before: Recording | None = None) -> None:
         self.subject, self.request, self.before = subject, request, before
         self.recording = Recording()
+        self.map = WeightMap.from_json(request.weights) if request.weights and before is not None else None
+        self.kind: torch.dtype | None = None  # the precision, where it is not the model's own
         self._adopt()
         self.base = snapshot(subject.model)
 
@@ -60,12 +64,22 @@ class Recorder:
             given = self.before.inputs
             if len(given) == len(leaves(self.subject.inputs)):
                 self.subject.inputs = rebuild(self.subject.inputs, lambda index, _: given[index])
+            state: Mapping[str, Tensor] = self.before.state
+            why = ""
+            if self.map is not None:
+                try:
+                    carried = carry(self.map, state)
+                    state = carried.state
+                    recording.facts["moved"] = sorted(carried.moved)
+                except MapError as error:  # of rules whose new weights no old model has, such as a final norm
+                    why, self.map = str(error), None
             if self.request.effect == "exact":
-                recording.facts["load"] = load_strictly(model, self.before.state)
-            load_matching(model, self.before.state)
+                recording.facts["load"] = why or load_strictly(model, state)
+            load_matching(model, state)
         recording.inputs = [leaf.clone() for leaf in leaves(self.subject.inputs)]
         recording.state = snapshot(model)
         recording.parameters = {name: list(p.shape) for name, p in model.named_parameters()}
+        recording.facts["aliases"] = aliases(model)
 
     def run(self) -> Recording:
         """All probes. A first call that fails raises; a probe that fails is written down."""
@@ -111,7 +125,12 @@ class Recorder:
 
     def _weights(self, seed: int) -> None:
         load_matching(self.subject.model, self.base)
-        shake(self.subject.model, seed)
+        if self.map is None or self.before is None:
+            shake(self.subject.model, seed)
+            return
+        same = self.before.facts.get("aliases", {})
+        old = shaken(self.before.state, self.before.parameters, same, seed, self.kind)
+        load_matching(self.subject.model, carry(self.map, old).state)
 
     def _modules(self) -> dict[str, str]:
         return {name: type(module).__name__ for name, module in self.subject.model.named_modules()}
@@ -146,6 +165,7 @@ class Recorder:
 
     def _double(self) -> None:
         self.subject.cast(torch.float64)
+        self.kind = torch.float64
         outputs, found = [], []
         for seed in range(self.request.seeds):
             self._weights(seed)

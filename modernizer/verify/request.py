@@ -42,6 +42,7 @@ class Request:
     memory_mb: int
     record: str  # the recording: written by "before", read by "after"
     result: str  # the answer: {"error": …} or {"report": …}
+    weights: str = ""  # the map, as JSON, by which the old weights become the new ones
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

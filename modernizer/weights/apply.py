@@ -22,6 +22,7 @@ class Carried:
     state: OrderedDict[str, Any]
     gone: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
+    moved: set[str] = field(default_factory=set)  # the old names that the map speaks of
 
 
 def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Carried:
@@ -36,13 +37,14 @@ def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] 
     Raises:
         MapError: the map does not fit; the tensor is named.
     """
-    old = dict(state)
+    old, moved = dict(state), set[str]()
     wanted = _wanted(weights, _shapes(like)) if like is not None else [None] * len(weights.stages)
     for groups, target in zip(weights.stages, wanted, strict=True):
         shapes = _shapes(old)
         done: dict[object, list[Tensor]] = {}
         new: dict[str, Any] = {}
         moves = {move.old[0]: move for move in resolve(groups, shapes, target)}
+        moved.update(name for move in moves.values() if not move.is_plain for name in move.old if name in state)
         for name, value in old.items():
             if name in moves:
                 new.update(zip(moves[name].new, _moved(moves[name], old, done), strict=True))
@@ -52,7 +54,7 @@ def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] 
     result = OrderedDict(old)
     if hasattr(state, "_metadata"):  # the versions of torch's modules, by which old checkpoints are read
         result._metadata = state._metadata  # type: ignore[attr-defined]
-    return Carried(result, [n for n in state if n not in result], [n for n in result if n not in state])
+    return Carried(result, [n for n in state if n not in result], [n for n in result if n not in state], moved)
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, Shape]:

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from modernizer.weights.apply import Carried, carry
 from modernizer.weights.checkpoint import Checkpoint, CheckpointError, read, write
-from modernizer.weights.maps import MapError, WeightMap, compose
-
-
-def load_maps(paths: Sequence[Path]) -> WeightMap:
-    """The maps in these files as one, in their order. Raises MapError, which names the file."""
-    maps: list[WeightMap] = []
-    for path in paths:
-        try:
-            maps.append(WeightMap.from_json(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, MapError) as error:
-            raise MapError(f"{path}: {error}") from error
-    return compose(maps)
+from modernizer.weights.maps import WeightMap
 
 
 def migrate(

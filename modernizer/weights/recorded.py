@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from modernizer.weights.maps import MapError, WeightMap, compose
+
 FOLDER = Path(".modernizer", "weights")
 MARKERS = (".git", ".hg", "pyproject.toml", "setup.py", "setup.cfg")  # what the folder of a whole project holds
 
@@ -20,6 +22,17 @@ def recorded(start: Path) -> list[Path]:
         if found:
             return [found[number] for number in sorted(found)]
     return []
+
+
+def load_maps(paths: Sequence[Path]) -> WeightMap:
+    """The maps in these files as one, in their order. Raises MapError, which names the file."""
+    maps: list[WeightMap] = []
+    for path in paths:
+        try:
+            maps.append(WeightMap.from_json(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, MapError) as error:
+            raise MapError(f"{path}: {error}") from error
+    return compose(maps)
 
 
 def next_map(home: Path, rules: Iterable[str]) -> Path:

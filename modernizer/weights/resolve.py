@@ -40,6 +40,11 @@ class Move:
     factors: tuple[float, ...] = ()  # of the equal parts of a tensor that stays one
     step: Fold | Unfold | Centre | None = None  # what computes: its names are those of the tensors
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a tensor is handed on as it is, under its name."""
+        return self.old == self.new and self.step is None and self.fill is None and not self.factors
+
 
 def resolve(
     groups: Sequence[Group], shapes: Mapping[str, Shape], like: Mapping[str, Shape] | None = None
