@@ -165,7 +165,7 @@ _GPT2_CONV = (
     "\n"
     "    def forward(self, x):\n"
     "        size_out = x.size()[:-1] + (self.nf,)\n"
-    "        x = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)\n"
+    "        x = torch.addmm(self.bias, x.contiguous().view(-1, x.size(-1)), self.weight)\n"
     "        return x.view(*size_out)"
 )
 
