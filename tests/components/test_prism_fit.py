@@ -142,12 +142,33 @@ def test_nan_is_refused_and_loses_nothing() -> None:
         (([],), "no pairs"),
         (([], torch.zeros(1, 1)), "two tensors, or one iterable"),
         ((torch.zeros(0, 3), torch.zeros(0, 2)), "no pairs"),
+        ((torch.tensor(1.0), torch.tensor(1.0)), "are not pairs"),
+        (([torch.zeros(5, 3)],), "batch 0 is not a pair"),
+        (([(torch.zeros(5, 3), torch.zeros(5, 2), torch.zeros(5, 2))],), "batch 0 is not a pair"),
+        ((torch.zeros(5, 3, dtype=torch.complex64), torch.zeros(5, 2)), "batch 0: complex"),
     ],
-    ids=["lengths", "no z", "widths", "no batches", "both forms", "no samples"],
+    ids=[
+        "lengths",
+        "no z",
+        "widths",
+        "no batches",
+        "both forms",
+        "no samples",
+        "no axes",
+        "no pair",
+        "three",
+        "complex",
+    ],
 )
 def test_wrong_input_is_refused(arguments: tuple[Any, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         fit_prism(*arguments)
+
+
+@pytest.mark.parametrize("heldout", [[(torch.zeros(5, 6), torch.zeros(5, 2))], (torch.zeros(0, 6), torch.zeros(0, 2))])
+def test_heldout_is_a_pair_with_samples(heldout: Any) -> None:
+    with pytest.raises(ValueError, match="held-out pairs"):
+        fit_prism(*pairs(50, 6, 2), heldout=heldout)
 
 
 def test_too_few_samples_for_the_ridge() -> None:
@@ -333,6 +354,10 @@ def test_senseless_pipes_are_refused() -> None:
         PrismPipes.fit(found, [TilePlan(12, 10, 1, 1)], ridges=[1.0, 1.0])
     with pytest.raises(ValueError, match="same widths"):
         PrismPipes([PrismAdapter(3, 2), PrismAdapter(2, 2)])
+    with pytest.raises(ValueError, match="is not for pairs 12 -> 10"):
+        PrismPipes.fit(found, [TilePlan(12, 9, 1, 1)])
+    with pytest.raises(ValueError, match="takes 12 features, not 11"):
+        HierarchicalPrism.fit(found, pool=4)(torch.zeros(1, 11), fine=False)
 
 
 @pytest.mark.parametrize("pool", [1, 3, 5, 12])
@@ -457,6 +482,12 @@ def test_senseless_choices_are_refused() -> None:
         MicroMoE(made, 1, mean=torch.zeros(3))
     with pytest.raises(ValueError, match="takes 12 features, not 3"):
         MicroMoE(made, 1)(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="the gate scores"):
+        MicroMoE(made, 1, gate=nn.Linear(12, 3))(torch.zeros(1, 12))
+    for tiles in ([[15]], [[-1]], [0, 1], [[0], [1], [2]]):
+        with pytest.raises(ValueError, match="numbers from 0 to 14"):
+            MicroMoE(made, 1)(torch.zeros(2, 12), torch.tensor(tiles))
+    assert MicroMoE(made, 1)(torch.zeros(0, 12)).shape == (0, made.out_features)
 
 
 def test_reports_are_plain() -> None:

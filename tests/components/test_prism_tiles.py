@@ -1,6 +1,8 @@
 """Plans of tiles, the adapter that is cut by one, and tiles on disk."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from component_oracles import quick
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from modernizer.components import PrismAdapter
@@ -215,6 +218,36 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "prism.json").write_text("{}")
     with pytest.raises(ValueError, match="not an index of tiles"):
         PrismAdapter.from_pretrained(tmp_path)
+
+
+def test_damaged_parts_are_named(tmp_path: Path) -> None:
+    PrismAdapter(8, 6, tiles=4).save_pretrained(tmp_path)
+    index = tmp_path / "prism.json"
+    (bias,) = tmp_path.glob("tiles-*/bias.safetensors")
+    whole = index.read_text()
+    for old, new in (('"rows"', '"lines"'), ('"in_features": 8', '"in_features": "8"'), ('"bias": true,', "")):
+        assert old in whole
+        index.write_text(whole.replace(old, new))
+        with pytest.raises(ValueError, match="not an index of tiles"):
+            TileStore(tmp_path)
+    index.write_text(whole)
+    kept = bias.read_bytes()
+    for data in (kept[:20], save({"other": torch.zeros(6)}), save({"bias": torch.zeros(5)})):
+        bias.write_bytes(data)
+        with pytest.raises(ValueError, match="bias"):
+            PrismAdapter.from_pretrained(tmp_path)
+
+
+def test_copies_of_a_stored_adapter_read_for_themselves(tmp_path: Path) -> None:
+    made = PrismAdapter(8, 6, tiles=4)
+    made.save_pretrained(tmp_path)
+    stored, x = StoredPrism(TileStore(tmp_path)), torch.randn(3, 8)
+    expected = stored(x)
+    for other in (copy.deepcopy(stored), pickle.loads(pickle.dumps(stored))):
+        assert other.store.held == () and other.store.held_bytes == 0
+        assert torch.equal(other(x), expected)
+    with pytest.raises(ValueError, match="floating-point"):
+        stored(torch.ones(3, 8, dtype=torch.int64))
 
 
 def test_bound_on_tiles_held(tmp_path: Path) -> None:

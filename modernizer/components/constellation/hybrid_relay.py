@@ -77,6 +77,8 @@ class HybridRelay(nn.Module):
         super().__init__()
         if top_k < 1 or not temperature > 0:
             raise ValueError(f"top_k ({top_k}) and temperature ({temperature}) must be positive")
+        if (chunk is not None and chunk < 1) or backend not in ("auto", "chunked", "triton"):
+            raise ValueError(f"chunk ({chunk}) must be positive, backend auto, chunked or triton, not {backend!r}")
         self.embed_dim, self.residual, self.causal = embed_dim, residual, causal
         self.top_k, self.temperature = top_k, temperature
         self.chunk, self.backend = chunk, backend

@@ -92,6 +92,8 @@ class PatchMLP(nn.Module):
 
     def __init__(self, patches: int, in_features: int, hidden: int, out_features: int) -> None:
         super().__init__()
+        if hidden < 1:
+            raise ValueError(f"the hidden width ({hidden}) must be positive")
         self.w_in = nn.Parameter(torch.empty(patches, in_features, hidden))
         self.b_in = nn.Parameter(torch.zeros(patches, hidden))
         self.w_out = nn.Parameter(torch.empty(patches, hidden, out_features))

@@ -49,7 +49,7 @@ def select_top_k(
         ValueError: sizes do not fit, or an unknown backend.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
-    if query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
+    if min(query.dim(), key.dim()) < 2 or query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not belong together")
     if top_k < 1 or (chunk is not None and chunk < 1) or offset < 0:
         raise ValueError(f"top_k ({top_k}) and chunk ({chunk}) must be positive, offset ({offset}) not negative")

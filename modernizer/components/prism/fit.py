@@ -25,7 +25,7 @@ class FitReport:
     """How well an adapter does: relative errors, ``sqrt(|Z - prediction|^2 / |Z - mean|^2)`` (``|Z|^2`` without bias).
 
     ``row_errors [rows of tiles]`` are those of each row block, all its tiles together: a tile alone has no error that
-    means anything. ``heldout_*`` are None where no such set was given.
+    means anything. ``heldout_*`` are None where no such set was given. Where outputs do not vary an error is NaN.
     """
 
     samples: int
@@ -166,14 +166,21 @@ def _batches(x: Tensor | Pairs, z: Tensor | None) -> Iterator[tuple[Tensor, Tens
     if not isinstance(x, Tensor):
         if z is not None:
             raise ValueError("give two tensors, or one iterable of pairs")
-        yield from x
+        for number, pair in enumerate(x):
+            if not (isinstance(pair, tuple | list) and _are_tensors(pair)):
+                raise ValueError(f"batch {number} is not a pair of tensors [..., in] and [..., out]")
+            yield pair[0], pair[1]
         return
     if z is None:
         raise ValueError("x is a tensor: z is needed too")
-    if x.shape[:-1] != z.shape[:-1]:
+    if not _are_tensors((x, z)) or x.shape[:-1] != z.shape[:-1]:
         raise ValueError(f"x {tuple(x.shape)} and z {tuple(z.shape)} are not pairs")
     flat_x, flat_z = x.reshape(-1, x.shape[-1]), z.reshape(-1, z.shape[-1])
     yield from zip(torch.split(flat_x, 8192), torch.split(flat_z, 8192), strict=True)
+
+
+def _are_tensors(pair: Sequence[object]) -> bool:
+    return len(pair) == 2 and all(isinstance(part, Tensor) and part.dim() > 0 for part in pair)
 
 
 class _Progress:
@@ -217,10 +224,14 @@ def _heldout(
     weight: Tensor, intercept: Tensor | None, pairs: tuple[Tensor, Tensor], centred: bool
 ) -> tuple[Tensor, Tensor]:
     """Squared error and total of each output on pairs."""
+    if not (isinstance(pairs, tuple | list) and _are_tensors(pairs)):
+        raise ValueError("held-out pairs are two tensors, x [..., in] and z [..., out]")
     x = pairs[0].reshape(-1, pairs[0].shape[-1]).to(weight)
     z = pairs[1].reshape(-1, pairs[1].shape[-1]).to(weight)
     if len(x) != len(z) or x.shape[1] != weight.shape[0] or z.shape[1] != weight.shape[1]:
         raise ValueError(f"held-out pairs {tuple(pairs[0].shape)}, {tuple(pairs[1].shape)} do not fit the others")
+    if not len(x):
+        raise ValueError("there are no held-out pairs: leave heldout out")
     off = z - x @ weight - (0 if intercept is None else intercept)
     return off.square().sum(0), (z - z.mean(0) if centred else z).square().sum(0)
 

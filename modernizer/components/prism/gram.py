@@ -64,6 +64,8 @@ class Gram:
                 f"batch {self.batches}: pairs are [..., {self.in_features}] and [..., {self.out_features}] with equal"
                 f" leading axes, not {tuple(x.shape)} and {tuple(z.shape)}"
             )
+        if x.is_complex() or z.is_complex():
+            raise ValueError(f"batch {self.batches}: complex pairs cannot be fitted; give real and imaginary parts")
         x = x.reshape(-1, self.in_features).to(self.device, self.dtype)
         z = z.reshape(-1, self.out_features).to(self.device, self.dtype)
         zz, sum_x, sum_z = z.square().sum(0), x.sum(0), z.sum(0)

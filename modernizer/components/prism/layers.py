@@ -48,6 +48,9 @@ class PrismPipes(nn.Module):
         ridges = [ridges] * len(plans) if isinstance(ridges, float | int) else list(ridges)
         if len(ridges) != len(plans):
             raise ValueError(f"{len(plans)} plans and {len(ridges)} ridges")
+        for plan in plans:
+            if (plan.in_features, plan.out_features) != (gram.in_features, gram.out_features):
+                raise ValueError(f"{plan} is not for pairs {gram.in_features} -> {gram.out_features}")
         xx, xz, _ = gram.moments()
         pipes: list[PrismAdapter] = []
         sums = torch.zeros_like(xz)
@@ -115,7 +118,13 @@ class HierarchicalPrism(nn.Module):
         return made
 
     def forward(self, x: Tensor, *, fine: bool = True) -> Tensor:
-        """``[..., in_features] -> [..., out_features]``; without ``fine`` the coarse map alone."""
+        """``[..., in_features] -> [..., out_features]``; without ``fine`` the coarse map alone.
+
+        Raises:
+            ValueError: ``x`` has another width.
+        """
+        if x.shape[-1] != self.fine.in_features:
+            raise ValueError(f"this adapter takes {self.fine.in_features} features, not {x.shape[-1]}")
         out: Tensor = self.coarse(_pooled(x, self.pool))
         return out + self.fine(x) if fine else out
 

@@ -60,6 +60,8 @@ class MicroMoE(nn.Module):
         """How much each tile may matter: ``[..., in_features] -> [..., tiles]``."""
         if self.gate is not None:
             found: Tensor = self.gate(x)
+            if found.shape != (*x.shape[:-1], self.adapter.plan.tiles):
+                raise ValueError(f"the gate scores {tuple(found.shape)}, not each of {self.adapter.plan.tiles} tiles")
             return found
         plan = self.adapter.plan
         if self.mean is not None:
@@ -67,7 +69,7 @@ class MicroMoE(nn.Module):
         if plan.in_features % plan.cols:
             inputs = torch.stack([x[..., a:b].norm(dim=-1) for a, b in plan.col_spans], -1)
         else:
-            inputs = x.reshape(*x.shape[:-1], plan.cols, -1).norm(dim=-1)  # [..., cols]
+            inputs = x.reshape(*x.shape[:-1], plan.cols, plan.in_features // plan.cols).norm(dim=-1)  # [..., cols]
         return (inputs[..., None, :] * self._known()[0]).flatten(-2)
 
     @torch.no_grad()
@@ -96,11 +98,20 @@ class MicroMoE(nn.Module):
         """``[..., in_features] -> [..., out_features]``, the tokens of each tile evaluated together.
 
         ``tiles [tokens or 1, any]`` are the active ones, instead of those the gate chooses.
+
+        Raises:
+            ValueError: ``x`` has another width, or there are no such tiles.
         """
         plan = self.adapter.plan
         if x.shape[-1] != plan.in_features:
             raise ValueError(f"this adapter takes {plan.in_features} features, not {x.shape[-1]}")
         flat = x.reshape(-1, plan.in_features)
+        if tiles is not None and (
+            tiles.dim() != 2
+            or len(tiles) not in (1, len(flat))
+            or (tiles.numel() and not 0 <= int(tiles.min()) <= int(tiles.max()) < plan.tiles)
+        ):
+            raise ValueError(f"tiles are [{len(flat)} or 1, any] numbers from 0 to {plan.tiles - 1}")
         chosen = self.choose(flat) if tiles is None else tiles
         start: Tensor | None = self.adapter.bias
         if self.mean is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,8 @@ class TilePlan:
     def __post_init__(self) -> None:
         if self.padding not in _PADDINGS:
             raise ValueError(f"padding is one of {', '.join(_PADDINGS)}, not {self.padding!r}")
+        for number in (self.in_features, self.out_features, self.rows, self.cols):
+            operator.index(number)  # TypeError where it is no integer
         for chunks, size, name in ((self.rows, self.out_features, "rows"), (self.cols, self.in_features, "cols")):
             if not 1 <= chunks <= size:
                 raise ValueError(f"{chunks} {name} of tiles do not fit a size of {size}")
@@ -131,8 +134,8 @@ class TilePlan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data; ``TilePlan(**data)`` is the plan again."""
-        names = ("in_features", "out_features", "rows", "cols", "padding")
-        return {name: getattr(self, name) for name in names}
+        names = ("in_features", "out_features", "rows", "cols")
+        return {**{name: operator.index(getattr(self, name)) for name in names}, "padding": self.padding}
 
     def block_sums(self, per_row: Tensor) -> Tensor:
         """Sums over the outputs of each row of tiles: ``[out_features] -> [rows]``."""

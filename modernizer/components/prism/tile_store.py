@@ -91,10 +91,13 @@ class TileStore:
     def __init__(self, folder: str | Path, max_bytes: int | None = None, device: torch.device | str = "cpu") -> None:
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes must be positive, not {max_bytes}")
-        self._safetensors = _safetensors()
+        safetensors = _safetensors()
         self.folder, self.max_bytes, self.device = Path(folder), max_bytes, torch.device(device)
         index = _read_index(self.folder)
-        self.plan = TilePlan(**index["plan"])
+        try:
+            self.plan = TilePlan(**index["plan"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.folder / _INDEX} is not an index of tiles: {error}") from error
         self._place: Path = self.folder / index["folder"]
         missing = [row for row in range(self.plan.rows) if not self._file(row).is_file()]
         if missing:
@@ -110,7 +113,17 @@ class TileStore:
             path = self._place / "bias.safetensors"
             if not path.is_file():
                 raise FileNotFoundError(f"{self.folder}: {path.name} is missing")
-            self.bias = self._safetensors.torch.load_file(path)["bias"].to(self.device)
+            try:
+                bias: Tensor = safetensors.torch.load_file(path)["bias"]
+            except Exception as error:
+                raise ValueError(f"{path} cannot be read: {error}") from error
+            if tuple(bias.shape) != (self.plan.out_features,):
+                raise ValueError(f"{path}: the bias is {tuple(bias.shape)}, not ({self.plan.out_features},)")
+            self.bias = bias.to(self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, and those in other processes, open the files anew and hold no tiles at first."""
+        return {**self.__dict__, "_open": {}, "_held": OrderedDict(), "held_bytes": 0}
 
     def _file(self, row: int) -> Path:
         return self._place / f"row-{row:05d}.safetensors"
@@ -121,7 +134,7 @@ class TileStore:
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: the tiles of row {row} went missing while the adapter was in use")
             try:
-                self._open[row] = self._safetensors.safe_open(path, framework="pt")
+                self._open[row] = _safetensors().safe_open(path, framework="pt")
             except Exception as error:
                 raise ValueError(f"{path}: the tiles of row {row} cannot be read: {error}") from error
         return self._open[row]
@@ -189,7 +202,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no saved adapter ({_INDEX} is missing)")
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        known = index["format"] == "prism" and index["version"] == 1 and isinstance(index["plan"], dict)
+        known = (index["format"], index["version"]) == ("prism", 1)
+        known = known and isinstance(index["plan"], dict) and isinstance(index["bias"], bool)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / _INDEX} is not an index of tiles: {error}") from error
     if not known or _current(folder) is None:
@@ -211,9 +225,11 @@ class StoredPrism(nn.Module):
         """``[..., in_features] -> [..., out_features]`` with the tiles ``active``, or all.
 
         Raises:
-            ValueError: ``x`` has another width.
+            ValueError: ``x`` has another width, or is not of floating-point numbers.
         """
         plan = self.store.plan
+        if not x.is_floating_point():
+            raise ValueError(f"this adapter takes floating-point numbers, not {x.dtype}")
         if x.shape[-1] != plan.in_features:
             raise ValueError(f"this adapter takes {plan.in_features} features, not {x.shape[-1]}")
         out = x.new_zeros(*x.shape[:-1], plan.out_features)
