@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FINISH = "finish"  # the rule that `apply --finish` means
+LARGE = 1 << 30  # bytes; of files that large it is shown how much is written
 COLOURS = {"done": "green", "planned": "cyan", "legacy": "yellow", "refused": "magenta", "modern": "blue"}
 PATHS = click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path))
 FORMAT = click.option(
@@ -220,19 +221,28 @@ def verify(
 @click.option("--map", "maps", multiple=True, type=click.Path(path_type=Path), help="A weight map; several in order.")
 @click.option("--reverse", is_flag=True, help="Go back: from a checkpoint of the new model to one of the old.")
 @click.option(
-    "--like", type=click.Path(path_type=Path), help="With --reverse: a checkpoint of the old model, for sizes."
+    "--like", type=click.Path(path_type=Path), help="Any checkpoint such as shall come out: names, sizes, order."
 )
-def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool, like: Path | None) -> None:
+@click.option(
+    "--optimizer-names", type=click.Path(path_type=Path), help="The optimizer's parameters in order: a JSON list."
+)
+@click.option("--drop-optimizer", is_flag=True, help="Leave the state of optimizers out.")
+def migrate(
+    source: Path, target: Path, maps: Sequence[Path], reverse: bool, like: Path | None,
+    optimizer_names: Path | None, drop_optimizer: bool,
+) -> None:  # fmt: skip
     """Carry trained weights over: the checkpoint OLD becomes one that the rewritten model loads.
 
-    Takes .pt files (a state dict, or a larger checkpoint that holds one) and .safetensors. Without --map, the maps are
-    used that `apply` has recorded in the working folder or the nearest folder above that has any.
+    Takes .pt files (a state dict, or a larger checkpoint that holds one), .safetensors, and the .index.json of a
+    checkpoint in several files. Without --map, the maps are used that `apply` has recorded in the working folder or the
+    nearest folder above that has any.
+
+    The state of Adam, AdamW and SGD in a larger checkpoint moves with its parameters, which it holds in the order of
+    model.parameters(); where that is not so, --optimizer-names gives the names of the old ones in its order.
 
     Layers of several lengths that became one do not tell where to cut it: the way back asks for --like, any checkpoint
-    of an old model of the same sizes.
+    of an old model of the same sizes. Going forward --like is one of the new model, and checks what comes out.
     """
-    if like is not None and not reverse:
-        raise click.UsageError("--like is for --reverse")
     from modernizer.report import shown
     from modernizer.weights import MapError
     from modernizer.weights.recorded import FOLDER, load_maps, recorded
@@ -240,24 +250,66 @@ def migrate(source: Path, target: Path, maps: Sequence[Path], reverse: bool, lik
     used = list(maps) or recorded(Path.cwd())
     if not used:
         raise click.UsageError(f"no weight map: none is recorded in {FOLDER} here or above, so name one with --map")
+    names = _parameter_names(optimizer_names) if optimizer_names is not None else None
     try:
         from modernizer.weights.checkpoint import CheckpointError
         from modernizer.weights.migrate import migrate as carry_over
     except ImportError as error:
         raise click.UsageError('migrate needs PyTorch: pip install "modernizer[torch]"') from error
     try:
-        checkpoint, carried = carry_over(source, target, load_maps(used), reverse=reverse, like=like)
+        with _writing() as progress:
+            done = carry_over(
+                source, target, load_maps(used), reverse=reverse, like=like, optimizer_names=names,
+                drop_optimizer=drop_optimizer, progress=progress,
+            )  # fmt: skip
     except (MapError, CheckpointError) as error:
         click.echo(click.style(f"error: {error}; nothing was written", fg="red"), err=True)
         click.echo(f"    with {', '.join(map(shown, used))}{' backwards' if reverse else ''}", err=True)
         raise SystemExit(2) from error
+    carried = done.carried
     kept = len(carried.state) - len(carried.made)
     click.echo(f"{shown(target)}: {len(carried.gone)} tensors became {len(carried.made)}, {kept} are as they were")
     click.echo(f"    with {', '.join(map(shown, used))}{' backwards' if reverse else ''}")
-    if checkpoint.others:
-        click.echo(
-            f"    note: kept as it was: {', '.join(checkpoint.others)}; the state of an optimizer does not fit now"
-        )
+    if done.optimizers:
+        click.echo(f"    note: moved with its parameters: {', '.join(done.optimizers)}")
+    if done.dropped:
+        click.echo(f"    note: left out: {', '.join(done.dropped)}")
+    others = [name for name in done.checkpoint.others if name not in done.optimizers]
+    if others:
+        click.echo(f"    note: kept as it was: {', '.join(others)}")
+
+
+def _parameter_names(path: Path) -> list[str]:
+    """The names in a JSON list."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"{path}: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise click.UsageError(f"{path}: is no JSON list of names")
+    return names
+
+
+@contextmanager
+def _writing() -> Iterator[Callable[[int, int], None] | None]:
+    """Shows on a terminal how much of a large file is written."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bars: list[Any] = []
+
+    def tell(done: int, total: int) -> None:
+        if not bars and total >= LARGE:
+            bars.append(click.progressbar(length=total, label="writing", file=sys.stderr))
+            bars[0].__enter__()
+        for bar in bars:
+            bar.update(done - bar.pos)
+
+    try:
+        yield tell
+    finally:
+        for bar in bars:
+            bar.__exit__(None, None, None)
 
 
 @main.command(cls=CommandWithRuleOptions)
@@ -362,7 +414,7 @@ def export(source: Path, target: Path) -> None:
     except ImportError as error:
         raise click.UsageError('export needs PyTorch: pip install "modernizer[torch]"') from error
     try:
-        carry_over(source, target, load_maps(used[-1:]))
+        carry_over(source, target, load_maps(used[-1:]), drop_optimizer=True)  # of what is folded it knows nothing
     except (MapError, CheckpointError) as error:
         click.echo(click.style(f"error: {error}; nothing was written", fg="red"), err=True)
         raise SystemExit(2) from error

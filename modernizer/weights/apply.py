@@ -38,9 +38,8 @@ def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] 
         MapError: the map does not fit; the tensor is named.
     """
     old, moved = dict(state), set[str]()
-    wanted = _wanted(weights, _shapes(like)) if like is not None else [None] * len(weights.stages)
-    for groups, target in zip(weights.stages, wanted, strict=True):
-        shapes = _shapes(old)
+    for groups, target in zip(weights.stages, wanted(weights, like), strict=True):
+        shapes = shapes_of(old)
         done: dict[object, list[Tensor]] = {}
         new: dict[str, Any] = {}
         moves = {move.old[0]: move for move in resolve(groups, shapes, target)}
@@ -57,12 +56,16 @@ def carry(weights: WeightMap, state: Mapping[str, Any], like: Mapping[str, Any] 
     return Carried(result, [n for n in state if n not in result], [n for n in result if n not in state], moved)
 
 
-def _shapes(state: Mapping[str, Any]) -> dict[str, Shape]:
+def shapes_of(state: Mapping[str, Any]) -> dict[str, Shape]:
+    """The shapes of the tensors in a state dict."""
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _wanted(weights: WeightMap, last: Mapping[str, Shape]) -> list[Mapping[str, Shape] | None]:
-    """The shapes that each stage is to give, so that the last of them gives `last`."""
+def wanted(weights: WeightMap, like: Mapping[str, Any] | None) -> list[Mapping[str, Shape] | None]:
+    """The shapes that each stage is to give, so that the last of them gives those of `like`; None without it."""
+    if like is None:
+        return [None] * len(weights.stages)
+    last: Mapping[str, Shape] = shapes_of(like)
     found: list[Mapping[str, Shape] | None] = []
     for groups in weights.inverted().stages:
         found.insert(0, last)

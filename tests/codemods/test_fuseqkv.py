@@ -22,6 +22,7 @@ from modernizer.registry import select
 from modernizer.report import Report, Status
 from modernizer.weights import MapError, WeightMap
 from modernizer.weights.apply import carry
+from modernizer.weights.optimizer import in_order
 
 
 def apply(path: Path) -> Report:
@@ -99,6 +100,9 @@ def check_equal(folder: Path, text: str) -> str:
     carried = carry(weights, state)
     net = built(new_scope, carried.state)
     assert carried.gone and carried.made
+    assert in_order(carried.state) == list(net.state_dict())  # by which the state of an optimizer goes
+    with pytest.raises(RuntimeError):
+        built(new_scope, state)
     assert same(state, carry(weights.inverted(), carried.state).state)
     before, after = old_scope["run"](old), new_scope["run"](net)
     assert before.shape == after.shape and (before - after).abs().max() <= 1e-12
