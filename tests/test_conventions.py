@@ -24,7 +24,10 @@ FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT 
 COMPONENTS = [path for path in FILES if path.is_relative_to("modernizer/components")]
 VERIFY = [path for path in FILES if path.is_relative_to("modernizer/verify")]  # partly a child process of its own
 CODEMODS = [path for path in FILES if path.is_relative_to("codemods")]
-WITH_TORCH = "apply batches bridging calibrate capture checkpoint folding keeping least_squares migrate objective programs stream trace".split()
+WITH_TORCH = (
+    "apply batches bridging calibrate capture checkpoint folding keeping least_squares migrate objective optimizer programs"
+    " safetensors_file stream trace".split()
+)
 TENSORS = [Path(f"modernizer/weights/{name}.py") for name in WITH_TORCH]  # imported when used
 ENGINE = [path for path in FILES if path not in COMPONENTS + VERIFY + TENSORS]
 OPTIONAL = {
