@@ -8,6 +8,7 @@ from pathlib import Path
 
 from codemods._anchors import free_name
 from codemods._survey import Cannot, Group, place
+from codemods._unfollowed import unfollowed_uses
 from modernizer.edit import AddArgument, AddParameter, Edit, Replace
 from modernizer.graph.query import alternatives, ancestors, location
 from modernizer.graph.rank import is_number
@@ -27,6 +28,7 @@ def take_out(removal: Removal, group: Group) -> list[Edit]:
     while _stop_passing(removal, group):
         removal.settle()
     _check_learned(removal, group)
+    _check_followed(removal, group)
     return edits
 
 
@@ -275,6 +277,22 @@ def _check_learned(removal: Removal, group: Group) -> None:
                         f"the positions are learned, and their table `{reader.attr}` is read for something else too",
                         location(reader, frame), "give the other use a table of its own",
                     )  # fmt: skip
+
+
+def _check_followed(removal: Removal, group: Group) -> None:
+    """Code that was not executed may add the same positions: it would go on adding them before what is rotated now."""
+    held: dict[tuple[int, str], Module] = {}
+    for position in group.removed:
+        inner = [f.receiver for f in position.term.frame.outward()] if isinstance(position.term, Node) else []
+        made = [m for m in (*inner, *_tables(position.term)) if isinstance(m, Module) and m.owner is not None]
+        for module in made:
+            if module.owner is not None and any(f.receiver is module.owner for f in position.frame.outward()):
+                held[id(module.owner), module.name] = module.owner
+    for (_, name), owner in held.items():
+        for read, where in unfollowed_uses(removal.graph, owner, name):
+            if not removal.is_gone(read):
+                raise Cannot(f"`{name}` is also used in code that could not be followed", where,
+                             "name the files that call this code too, or take it out")  # fmt: skip
 
 
 def _is_made_no_more(removal: Removal, frame: Frame) -> bool:

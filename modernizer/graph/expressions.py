@@ -143,7 +143,21 @@ def _of_datum(m: Machine, frame: Frame, node: ast.AST, receiver: Node, attr: str
         objects = [o for o in receiver.args if isinstance(o, Object | Many | Class | External)]
         if objects and len(objects) == len([o for o in receiver.args if not isinstance(o, Const)]):
             return m.merge([get_attribute(m, frame, node, o, attr) for o in objects], node, frame)
+        methods = [o for o in receiver.args if isinstance(o, Object) and _has_method(o, attr)]
+        # What is not known of is called as the others are; no other attribute of them says anything about it.
+        if methods and all(o in methods or isinstance(o, Const) or _is_open(o) for o in receiver.args):
+            return m.merge([get_attribute(m, frame, node, o, attr) for o in methods], node, frame)
     return m.node("attr", (receiver,), node, frame, name=attr)
+
+
+def _is_open(value: Value) -> bool:
+    return isinstance(value, Node) and value.op in ("config", "input", "argument", "unknown")
+
+
+def _has_method(value: Object, name: str) -> bool:
+    bases = value.cls.mro if value.cls is not None else ()
+    member = next((b.members[name] for b in bases if isinstance(b, Class) and name in b.members), None)
+    return name not in value.attributes and isinstance(member, ast.FunctionDef) and not member.decorator_list
 
 
 @evaluates(ast.BinOp)
