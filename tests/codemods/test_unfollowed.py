@@ -14,7 +14,7 @@ from codemods.rope import Rope
 from modernizer import pipeline
 from modernizer.rule import Rule
 
-PROGRAM = '''
+PROGRAM = """
 import math
 
 import torch
@@ -85,7 +85,7 @@ class Model(nn.Module):
     def forward(self, ids):
         return self.decoder(ids)
 @method
-'''
+"""
 CALL = "\n    def sample(self, ids, steps):\n        return self.decoder.complete(ids, steps)\n"
 COUNT = "\n    def depth(self):\n        return len(self.blocks), [block.norm1 for block in self.blocks], self.places.table.shape\n"
 EITHER = "self.decoder = decoder if decoder is not None else Decoder()"
