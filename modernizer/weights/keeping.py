@@ -24,14 +24,15 @@ from modernizer.weights.apply import carry
 from modernizer.weights.batches import Batches, Data, DataError, check_rows, of_iterable, read_data, split
 from modernizer.weights.bridging import BridgeError, Place, at_start, find_places, save_places
 from modernizer.weights.calibrate import NoConversion, Ridges, call_plainly, convert
-from modernizer.weights.maps import MapError
+from modernizer.weights.maps import MapError, WeightMap
 from modernizer.weights.objective import Objective, choose, main_output, measure
 from modernizer.weights.programs import Program, ProgramError, changed_files, copy_program
 
 EXACT, CALIBRATED, BRIDGED, TRAINING = "exact", "calibrated", "bridged", "needs training"
 ROUNDING = 1e-10  # of the largest output, in float64: what remains of an exact change
 LEAST = 2  # tokens for each feature of the widest stream, below which no one should trust a fit
-POSITIONS = ("rope", "alibi")  # go last: everything else is calibrated with the old positions in place
+# These go last: everything else is calibrated with the old positions in place. What each puts into a model:
+POSITIONS = {"rope": "RotaryEmbedding", "alibi": "ALiBi"}
 CALIBRATION = "prenorm"
 
 Told = Callable[[int, int, str], None]
@@ -113,6 +114,8 @@ class _Run:
         self.forward = self._forward()
 
     def outcome(self) -> Outcome:
+        self.target = self.after.build().to(self.device)  # what is wrong with it is said before any work is done
+        self.rules = _rules_in_order(self.request.rules, self.target)
         old = self.before.build().to(self.device)
         self._load(old, self._without_prefix(self.checkpoint.state), str(self.request.checkpoint))
         data = self._data()
@@ -214,7 +217,7 @@ class _Run:
         named = changed_files(self.before, self.after)
         steps: list[Step] = []
         loss = measure(objective, old, old, self.forward, measured)
-        for number, rule in enumerate(_rules_in_order(self.request.rules), 1):
+        for number, rule in enumerate(self.rules, 1):
             paths = [program.root / file for file in named if (program.root / file).is_file()]
             report = pipeline.upgrade(paths, [rule], self.request.options, write=False)
             if not report.changes:
@@ -235,7 +238,8 @@ class _Run:
                 continue
             if rule.name == CALIBRATION:
                 notes += self._convert(model, new, used, measured, objective, old, loss)
-            difference = _difference(model, new, self.forward, next(iter(measured)))
+            carried = report.weights if rule.name != CALIBRATION and not notes else None
+            difference = _difference(model, new, self.forward, next(iter(measured)), carried)
             now = measure(objective, new, old, self.forward, measured)
             is_kept = rule.name == CALIBRATION or (report.weights is not None and not notes)
             kind = EXACT if difference <= ROUNDING and not notes else CALIBRATED if is_kept else TRAINING
@@ -321,7 +325,7 @@ class _Run:
 
     def _in_after(self, new: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The weights in the new program's own model, which must compute the same with them."""
-        target = self.after.build().to(self.device)
+        target = self.target
         state = new.state_dict()
         self._load(target, state, f"what the rules make of {self.before.path}")
         difference = _difference(new, target, self.forward, batch)
@@ -342,18 +346,35 @@ class _Run:
         files.write(self.request.output, whole, named)
 
 
-def _rules_in_order(rules: Sequence[Rule]) -> list[Rule]:
-    ordered = in_order(rules)
+def _rules_in_order(rules: Sequence[Rule], target: nn.Module) -> list[Rule]:
+    """Positions last. Two rules find the same old ones: of these the one that the new model is by."""
+    classes = {cls.__name__ for module in target.modules() for cls in type(module).__mro__}
+    found = [rule for rule in rules if rule.name in POSITIONS]
+    made = [rule for rule in found if POSITIONS[rule.name] in classes]
+    left_out = [rule for rule in found if rule not in made] if made else []
+    ordered = in_order([rule for rule in rules if rule not in left_out])
     return sorted(ordered, key=lambda rule: rule.name in POSITIONS)
 
 
-def _difference(old: nn.Module, new: nn.Module, forward: Callable[[nn.Module, Any], object], batch: Any) -> float:
-    """The largest difference of outputs in float64, of the largest output."""
+def _difference(
+    old: nn.Module,
+    new: nn.Module,
+    forward: Callable[[nn.Module, Any], object],
+    batch: Any,
+    carried: WeightMap | None = None,
+) -> float:
+    """The largest difference of outputs in float64, of the largest output.
+
+    With a weight map the new model's weights are made by it anew, in float64: what it costs to round them to the type
+    that they are stored in does not count.
+    """
     outputs = []
+    precise = [copy.deepcopy(model).double() for model in (old, new)]
+    if carried is not None:
+        precise[1].load_state_dict(carry(carried, precise[0].state_dict()).state, strict=False)
     with torch.no_grad():
-        for model in (old, new):
-            precise = copy.deepcopy(model).double()
-            outputs.append(main_output(forward(precise, _few(batch))).double())
+        for model in precise:
+            outputs.append(main_output(forward(model, _few(batch))).double())
     if outputs[0].shape != outputs[1].shape:
         return math.inf
     largest = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30))

@@ -205,10 +205,11 @@ def test_positions_are_bridged(place: Path):
         (place / name / "model.py").write_text(text)
     torch.manual_seed(1)
     torch.save(load(place / "old" / "model.py").state_dict(), "old.pt")
-    upgrade(place, ("rope", "prenorm"))
-    result = run("--rule", "rope,prenorm")
+    upgrade(place, ("rope", "prenorm", "rmsnorm", "fuseqkv"))
+    result = run()
     assert result.exit_code == 0, result.output
     lines = {line.split()[0]: line for line in result.output.splitlines() if line}
+    assert "exact" in lines["rmsnorm"] and "exact" in lines["fuseqkv"] and "alibi" not in lines
     assert "bridged" in lines["rope"] and "0.0000" in lines["rope"] and "switched at once" in result.output
     model = load(place / "new" / "model.py")
     model.load_state_dict(torch.load("new.pt"))
