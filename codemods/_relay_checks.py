@@ -150,9 +150,14 @@ def _is_number_or_bias(value: Value) -> bool:
     if is_number(value):
         return True
     made = [n for leaf in flatten(value) for n in ancestors(leaf, _says_nothing).values() if not _says_nothing(n)]
-    is_learned = any(n.op in ("parameter", "embedding") for n in made)
+    is_learned = any(n.op in ("parameter", "embedding") and not _is_computed(n) for n in made)
     hides = {"tril", "triu", "masked_fill", "where", "setitem", "full", "eq", "lt", "gt", "le", "ge", "ne", "invert"}
     return is_learned and not any(n.op in _OPEN or n.op in hides for n in made)
+
+
+def _is_computed(node: Node) -> bool:
+    """Whether a parameter starts from positions, as a window does that is never trained."""
+    return node.op == "parameter" and any(n.op == "arange" for n in ancestors(node).values())
 
 
 def is_causal_mask(mask: Value | None) -> bool:

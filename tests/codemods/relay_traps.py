@@ -286,6 +286,16 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "mapped over": (
         PLAIN + "\n\ndef mapped(model, ids):\n    return torch.vmap(model)(ids)\n", "made into graphs", (),
     ),
+    "a window that is a parameter, never trained": (
+        changed(
+            masked("        scores = scores + self.far[: x.shape[1], : x.shape[1]]\n"),
+            ('        self.register_buffer("seen"',
+             "        far = (torch.arange(32)[None] - torch.arange(32)[:, None]).abs().clamp(min=2) - 2.0\n"
+             "        self.far = nn.Parameter(-1e9 * far, requires_grad=False)\n"
+             '        self.register_buffer("seen"'),
+        ),
+        _MASKED, (),
+    ),
     "torch's layer": (
         changed(
             PLAIN,
