@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modernizer.weights.stream import NoConversion
 from modernizer.weights.trace import COPIES, Weights, memory_of, tensors_in
 
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "linear", "convolution"})
@@ -27,7 +28,7 @@ def around_modules(
 ) -> Seen:
     """What the named modules get and give when `run` calls the model, by `("in", name)` and `("out", name)`.
 
-    The model is left as soon as all of it is there.
+    The model is left as soon as all of it is there. Raises NoConversion where it did not call one of them.
     """
     seen: Seen = {}
     wanted = {("in", name) for name in inputs} | {("out", name) for name in outputs}
@@ -53,7 +54,7 @@ def around_modules(
             handle.remove()
     missing = wanted - seen.keys()
     if missing:
-        raise RuntimeError(f"the model did not call `{min(missing)[1]}` this time")
+        raise NoConversion(f"the model did not call `{min(missing)[1]}` this time")
     return seen
 
 
@@ -73,9 +74,9 @@ def writer_run(model: nn.Module, run: Callable[[], object], norm: str, weights: 
     finally:
         handle.remove()
     if mode.rows is None or mode.read is None or not streams:
-        raise RuntimeError(f"the model did not add what `{weights.name}` gives to a stream this time")
+        raise NoConversion(f"the model did not add what `{weights.name}` gives to a stream this time")
     if streams[-1].shape[:-1] != mode.rows.shape:
-        raise RuntimeError(f"`{norm}` norms another layout of the stream than `{weights.name}` writes")
+        raise NoConversion(f"`{norm}` norms another layout of the stream than `{weights.name}` writes")
     return streams[-1], mode.read[mode.rows.flatten()]
 
 
@@ -114,7 +115,7 @@ class _WriterInput(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if all(o.dim() > 1 and o.shape == operands[0].shape for o in operands):
                 numbers = self._numbers_of(followed[-1])
                 if bool((numbers != numbers[..., :1]).any()):
-                    raise RuntimeError("the features of the stream do not lie along its last axis")
+                    raise NoConversion("the features of the stream do not lie along its last axis")
                 self.rows = numbers[..., 0]
                 raise _Enough
             made = func(*args, **(kwargs or {}))

@@ -95,7 +95,13 @@ class _Streams:
         self.residual = {total.out for total in totals if total is not None}
         for norm, total in zip(self.new.norms, totals, strict=True):
             if total is None and norm.source not in self.sums:
-                continue  # of embeddings, of a head: no norm of the stream
+                continue  # of embeddings, of a head, of a stream that stays: no norm of one that changes
+            if total is not None and self._is_as_before(norm, total):
+                if norm.source in self.sums:
+                    raise NoConversion(
+                        f"the stream that `{norm.name}` norms is pre-norm in the old model from there on"
+                    )
+                continue
             if calls[norm.name] > 1:
                 raise NoConversion(
                     f"the norm `{norm.name}` is called {calls[norm.name]} times: it would need several forms"
@@ -118,6 +124,16 @@ class _Streams:
         """The residual sum whose branch starts from this norm of the stream."""
         made = self._made_of(norm.out)
         return next((s for s in self.new.sums if s.other(norm.source) in made), None)
+
+    def _is_as_before(self, norm: NormCall, total: Sum) -> bool:
+        """Whether the old model norms the same stream by the same module on the way into the same branch."""
+        branch = total.other(norm.source)
+        writer = self.product_of.get(branch if branch is not None else -1)
+        product = self.olds.get(writer.weights.key) if writer is not None else None
+        if product is None:
+            return False
+        streams = {s.other(product.out) for s in self.old.sums if s.other(product.out) is not None}
+        return any(n.name == norm.name and n.source in streams for n in self.old.norms)
 
     def _made_of(self, value: int) -> set[int | None]:
         """Everything that is computed from a value, itself too."""

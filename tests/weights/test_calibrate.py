@@ -213,6 +213,68 @@ def test_weights_are_those_of_the_recipe(ridges: Ridges, tmp_path: Path) -> None
             np.testing.assert_allclose(value.numpy(), recipe.p[name], rtol=0, atol=1e-9, err_msg=name)
 
 
+MIXED = """
+
+class Early(nn.Module):
+    def __init__(self, d, heads, hidden):
+        super().__init__()
+        self.attn, self.ff = Attention(d, heads), FeedForward(d, hidden)
+        self.ln1, self.ln2 = nn.LayerNorm(d), nn.LayerNorm(d)
+
+    def forward(self, x, mask):
+        n = self.ln1(x)
+        x = x + self.attn(n, n, n, mask)
+        return x + self.ff(self.ln2(x))
+
+
+class Both(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, D)
+        self.early = nn.ModuleList([Early(D, HEADS, FF) for _ in range(2)])
+        self.early_norm = nn.LayerNorm(D)
+        self.middle = nn.Linear(D, D)
+        self.layers = nn.ModuleList([Block(D, HEADS, FF) for _ in range(2)])
+        self.head = nn.Linear(D, VOCAB)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.early:
+            x = layer(x, causal(x))
+        x = self.middle(self.early_norm(x))
+        for layer in self.layers:
+            x = layer(x, causal(x))
+        return self.head(x)
+
+
+def build():
+    return Both()
+"""
+
+
+def test_stack_that_was_prenorm_already_keeps_its_weights(tmp_path: Path) -> None:
+    text = FORMS["inline"].partition("def build()")[0] + MIXED
+    old, new = pair(tmp_path, text)
+    wanted, naive = output(old), output(new)
+    made = convert(old, new, data())
+    assert distance(output(new), wanted) < 0.3 * distance(naive, wanted)
+    kept = [name for name, value in old.state_dict().items() if torch.equal(made.state[name], value)]
+    assert {name for name in old.state_dict() if name.startswith(("embed", "early", "middle"))} == set(kept)
+    assert all(name.startswith("layers") or name == "final_norm" for name in made.scales)
+
+
+def test_module_that_is_not_always_called_is_named(tmp_path: Path) -> None:
+    old, new = pair(tmp_path, FORMS["inline"])
+
+    def call(model: nn.Module, batch: Tensor) -> object:
+        if not torch.equal(batch, data()[0]):  # some inputs do not go through the last layer
+            model.get_submodule("layers.2").forward = lambda x, mask: x  # type: ignore[method-assign]
+        return model(batch)
+
+    with pytest.raises(NoConversion, match=r"did not call `layers\.2"):
+        convert(old, new, data(), call=call)
+
+
 def test_how_the_data_is_cut_makes_no_difference(tmp_path: Path) -> None:
     whole = torch.cat(data())
     states = []

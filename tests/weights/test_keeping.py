@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import shutil
 import sys
@@ -329,6 +330,24 @@ def test_kinds_of_files(tmp_path: Path) -> None:
         (tmp_path / "model.bin").write_bytes(b"")
         with pytest.raises(DataError, match=said):
             read_data(tmp_path / name)
+
+
+def test_dataset_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package, which is not needed otherwise."""
+
+    class Table(dict[str, Any]):
+        column_names = property(lambda self: list(self))
+
+    stand_in: Any = types.ModuleType("datasets")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+    stand_in.DatasetDict = type("DatasetDict", (dict,), {})
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    rows = Table(input_ids=[[1, 2, 3], [4, 5], [6, 7, 8]])
+    stand_in.load_from_disk = lambda path: stand_in.DatasetDict(test=Table(text=[]), train=rows)
+    assert read_data(tmp_path, 4).parts[0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    stand_in.load_from_disk = lambda path: Table(text=["a"])
+    with pytest.raises(DataError, match="no column input_ids, but text"):
+        read_data(tmp_path, 4)
 
 
 def test_objective_follows_from_what_the_model_does() -> None:
