@@ -193,6 +193,17 @@ def test_pieces_have_gradients_of_their_own() -> None:
     assert x.grad is not None and x.grad.isfinite().all()
 
 
+def test_a_cache_serves_one_layer_until_it_is_reset() -> None:
+    first, second, cache = hybrid(causal=True), hybrid(causal=True), RelayCache()
+    first(rand(1, 4, 12), cache)
+    with pytest.raises(ValueError, match="another layer"):
+        second(rand(1, 1, 12), cache)
+    assert cache.length == 4
+    cache.reset()
+    x = rand(1, 3, 12)
+    assert torch.equal(second(x, cache), second(x))
+
+
 def test_only_causal_relays_take_a_cache() -> None:
     with pytest.raises(ValueError, match="only a causal relay"):
         hybrid()(rand(1, 2, 12), RelayCache())

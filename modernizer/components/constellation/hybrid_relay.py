@@ -180,6 +180,7 @@ class HybridRelay(nn.Module):
 
     def _continued(self, cache: RelayCache, key: Tensor, value: Tensor, exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Key, value and exact key with those of the cached tokens before them."""
+        cache.claim(self)
         held_key, held_value, held_exact = cache.update(key, value, exact)
         if not (key.requires_grad or value.requires_grad):
             return held_key, held_value, held_exact

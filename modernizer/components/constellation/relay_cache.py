@@ -17,6 +17,17 @@ class RelayCache:
     def __init__(self) -> None:
         self.length = 0
         self._store: list[Tensor] = []
+        self._layer: int | None = None
+
+    def claim(self, layer: object) -> None:
+        """Say which layer is about to read and write it.
+
+        Raises:
+            ValueError: it holds the tokens of another layer.
+        """
+        if self.length and self._layer not in (None, id(layer)):
+            raise ValueError("this cache holds the tokens of another layer: each relay needs a cache of its own")
+        self._layer = id(layer)
 
     def update(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Append new tokens to each part and return the parts whole, old and new.
