@@ -14,11 +14,13 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 JOURNAL = ".modernizer-journal"
+PATIENCE = 5.0  # seconds to wait for another run in the same folder or one above: writing takes far less
 
 
 class TransactionError(Exception):
@@ -175,10 +177,15 @@ def _lock(journal: Path, descriptor: int) -> None:
         return
     import fcntl
 
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise TransactionError(f"{journal.parent}: another run is writing here") from error
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if time.monotonic() > give_up:
+                raise TransactionError(f"{journal.parent}: another run is writing here") from error
+            time.sleep(0.05)
 
 
 def _append(descriptor: int, line: str) -> None:

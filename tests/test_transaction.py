@@ -7,6 +7,8 @@ import os
 import shutil
 import stat
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -260,11 +262,28 @@ def test_recovery_does_not_overwrite_what_was_edited_since(folder: Path) -> None
     assert target.read_bytes() == b"edited by hand\n"
 
 
-def test_a_run_that_is_still_going_on_is_left_alone(folder: Path) -> None:
+def test_a_run_that_is_still_going_on_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transaction, "PATIENCE", 0.1)
     journal = folder / JOURNAL
     with transaction._locked(journal, os.O_CREAT), pytest.raises(TransactionError, match="another run is writing"):
         recover([folder])
     assert journal.exists()
+
+
+def test_a_run_waits_for_another_that_is_about_to_end(folder: Path) -> None:
+    journal, held = folder / JOURNAL, threading.Event()
+
+    def other() -> None:
+        with transaction._locked(journal, os.O_CREAT):
+            held.set()
+            time.sleep(0.3)
+            journal.unlink()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    assert recover([folder]) == []
+    thread.join()
 
 
 def test_journal_falls_back_to_the_first_file_where_the_common_folder_is_read_only(tmp_path: Path) -> None:
