@@ -41,6 +41,12 @@ class Writers:
     )  # the modules or weights that are meant, as far as they are known
     modules: list[Module] = field(default_factory=list)
     streams: list[Node] = field(default_factory=list)
+    sums: list[tuple[Residual, tuple[object, ...]]] = field(default_factory=list)  # with the way from the stack to each
+    of_sum: dict[int, list[Module]] = field(default_factory=dict)
+
+    def by_sum(self, r: Residual) -> list[Module]:
+        """What writes at one sum."""
+        return self.of_sum.get(id(r), [])
 
 
 def find_writers(model: ModelMap) -> Iterator[Writers | tuple[Location, Cannot]]:
@@ -110,22 +116,41 @@ def _of_stack(projections: Projections, stacks: Sequence[Stack], where: Location
     root = _root(stacks[0])
     assert root is not None
     found = Writers(root, where)
-    by_sum: defaultdict[tuple[object, str], dict[Steps, Module]] = defaultdict(dict)
+    named: list[tuple[tuple[object, ...], Module, str]] = []
     for stack in stacks:
         found.streams.append(stack.residuals[0].stream)
         for r in stack.residuals:
+            found.sums.append((r, _way(r, stack)))
             for module, rest in _written(projections, r):
-                by_sum[_way(r, stack), rest].setdefault(_path(module, root), module)
+                named.append((_way(r, stack), module, rest))
                 found.modules.append(module)
+                found.of_sum.setdefault(id(r), []).append(module)
                 weight = module.attributes.get(rest[1:]) if rest else module
                 found.weights += [weight] if weight is not None else []
-    for (_, rest), paths in by_sum.items():
+    found.lists = _lists(named, root, where)
+    return found
+
+
+def named_lists(modules: Sequence[tuple[tuple[object, ...], Module]], found: Writers) -> dict[str, list[str]]:
+    """Other modules of a stack's layers, by what they have in common, as the constructor of the model names them."""
+    return _lists([(key, module, "") for key, module in modules], found.model, found.location)
+
+
+def _lists(
+    named: Sequence[tuple[tuple[object, ...], Module, str]], root: Module, where: Location
+) -> dict[str, list[str]]:
+    """By the list of a stack's layers, how each element names modules that have a way and an ending in common."""
+    groups: defaultdict[tuple[object, str], dict[Steps, Module]] = defaultdict(dict)
+    for way, module, rest in named:
+        groups[way, rest].setdefault(_path(module, root), module)
+    lists: dict[str, list[str]] = {}
+    for (_, rest), paths in groups.items():
         container, inside = _common(list(paths), root, where)
         text = f"{inside}{rest}"
-        if text in found.lists.setdefault(container, []):
+        if text in lists.setdefault(container, []):
             raise Cannot("one layer writes to the stream several times", where)
-        found.lists[container].append(text)
-    return found
+        lists[container].append(text)
+    return lists
 
 
 def _way(r: Residual, stack: Stack) -> tuple[object, ...]:

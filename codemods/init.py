@@ -7,19 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from codemods._init_existing import depth_names, find_host, is_depth_aware, maker
+from codemods._init_magneto import inner_and_plain, norm_edits
 from codemods._init_writers import Writers, find_embeddings, find_writers
 from codemods._survey import Cannot
 from modernizer.edit import Edit, Insert
 from modernizer.graph.values import Class, Module, Node, flatten
 from modernizer.imports import Imports
 from modernizer.model_map import ModelMap
-from modernizer.rule import Effect, Modern, Plan, Refusal, Rule, Upgrade
+from modernizer.rule import Effect, Modern, Option, Options, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location, SourceFile
 from modernizer.syntax import function_of, mentions
 
 FIXES = frozenset({"data", "requires_grad"})  # what is set of the weight of a table that is not learned
 WIDTH = 90  # of a list on one line
 COMPONENT = "modernizer.components.depth_scaled_init_"
+MAGNETO = "modernizer.components.magneto_init_"
+OURS = (COMPONENT, MAGNETO)
 
 
 @dataclass(eq=False)
@@ -38,8 +41,9 @@ class Init(Rule):
     effect = Effect.PARAMETERS
     after = ("rope", "alibi", "prenorm", "swiglu", "sdpa", "fuseqkv", "kvcache", "checkpointing", "relay", "prismatic")
     on_request = True
+    options = (Option("magneto", "MAGNETO: norms before what writes to the stream, and its gains"),)
 
-    def plan(self, model: ModelMap, options: Mapping[str, bool]) -> Plan:
+    def plan(self, model: ModelMap, options: Options) -> Plan:
         """What to change, what to refuse and what is modern already."""
         made = Plan()
         models: dict[ast.AST, _Model] = {}
@@ -59,7 +63,7 @@ class Init(Rule):
                 made.modern.append(Modern(where, "weights that write to the stream are scaled by depth already"))
                 continue
             try:
-                made.upgrades.append(_upgrade(model, whole))
+                made.upgrades.append(_upgrade(model, whole, bool(options.get("magneto"))))
             except Cannot as cannot:
                 made.refusals.append(Refusal(where, _reason(cannot, where), cannot.hint))
         made.refusals = list({(r.location, r.reason): r for r in made.refusals}.values())
@@ -89,7 +93,7 @@ def _calls(model: ModelMap) -> list[Node]:
 
 
 def _find_calls(model: ModelMap) -> list[Node]:
-    return [n for n in model.graph.machine.nodes if n.name == COMPONENT]
+    return [n for n in model.graph.machine.nodes if n.name in OURS]
 
 
 def _hosts(model: ModelMap) -> set[ast.AST]:
@@ -104,12 +108,12 @@ def _hosts(model: ModelMap) -> set[ast.AST]:
 
 def _component_reads(source: SourceFile) -> list[ast.Name]:
     names = mentions(source.tree)
-    called = {a.asname or a.name for i in names.imports for a in i.names if COMPONENT.endswith(f".{a.name}")}
+    called = {a.asname or a.name for i in names.imports for a in i.names if any(o.endswith(f".{a.name}") for o in OURS)}
     return [n for name in called for n in names.loads.get(name, ())]
 
 
 def _means_it(value: object) -> bool:
-    return getattr(value, "dotted", "") == COMPONENT
+    return getattr(value, "dotted", "") in OURS
 
 
 def _is_for(call: Node, root: Module) -> bool:
@@ -134,34 +138,44 @@ def _is_done(model: ModelMap, whole: _Model) -> bool:
     return is_depth_aware(model, names)
 
 
-def _upgrade(model: ModelMap, whole: _Model) -> Upgrade:
+def _upgrade(model: ModelMap, whole: _Model, is_magneto: bool) -> Upgrade:
     cls = whole.cls
     where = whole.stacks[0].location
     _check_heirs(model, cls)
     host = find_host(model, whole.stacks[0].model)
     if host.source.path not in model.project.named:
         raise Cannot(f"{cls.name} is put together in a file that was not named")
-    name, new = Imports(host.source).reference(COMPONENT, host.function)
+    name, new = Imports(host.source).reference(MAGNETO if is_magneto else COMPONENT, host.function)
     tables = (e for s in whole.stacks for e in find_embeddings(model, s.model, s.streams) if _is_free(model, e))
     embeddings = [f"{host.own}{table}" for table in dict.fromkeys(tables)]
-    code, seen = "", set[str]()
-    for stack in whole.stacks:
-        text = _outputs(stack, host.own)
+    if is_magneto and any(stack.lists != whole.stacks[0].lists for stack in whole.stacks):
+        raise Cannot("MAGNETO scales encoder and decoder by each other, which is not done here")
+    code, seen, edits = "", set[str](), list[Edit]()
+    for stack in whole.stacks[:1] if is_magneto else whole.stacks:
+        lists = [stack.lists]
+        if is_magneto:
+            lists += inner_and_plain(model, stack)
+            edits += norm_edits(model, stack)
+        words = ("output", "projection", "projection")
+        text = ",\n".join(_listed(named, host.own, word) for named, word in zip(lists, words, strict=False))
         if text not in seen:
             asked = f"    embeddings=[{', '.join(embeddings)}],\n" if embeddings and not seen else ""
             code += f"{name}(\n{text},\n{asked})\n"
             seen.add(text)
-    edits: list[Edit] = [Insert(host.source.path, host.anchor, code, host.where)]
+    edits.append(Insert(host.source.path, host.anchor, code, host.where))
     edits += [new] if new is not None else []
-    notes = ("for training from scratch: checkpoints load as before and replace what is drawn here",)
+    if is_magneto:
+        notes = ("the norms are new: a checkpoint has no weights for them",)
+    else:
+        notes = ("for training from scratch: checkpoints load as before and replace what is drawn here",)
     return Upgrade(where, f"what {cls.name} writes to its residual stream starts scaled by depth", tuple(edits), notes)
 
 
-def _outputs(stack: Writers, own: str) -> str:
-    """The expression that lists what writes to a stream, indented."""
-    layer, output = ("part" if own == "layer" else "layer"), ("written" if own == "output" else "output")
+def _listed(lists: Mapping[str, Sequence[str]], own: str, word: str) -> str:
+    """The expression that lists modules of a stack's layers, indented."""
+    layer, output = ("part" if own == "layer" else "layer"), (f"each_{word}" if own == word else word)
     parts: list[tuple[str, ...]] = []
-    for container, inside in stack.lists.items():
+    for container, inside in lists.items():
         layers = f"for {layer} in {own}{container}"
         named = ", ".join(f"{layer}{rest}" for rest in inside)
         parts.append((named, layers) if len(inside) == 1 else (output, layers, f"for {output} in ({named})"))

@@ -13,6 +13,7 @@ from modernizer.components.fused_linear import FusedLinear
 from modernizer.components.gated import Gated, gated
 from modernizer.components.grouped_attention import grouped_attention
 from modernizer.components.kv_cache import KVCache, StaticKVCache
+from modernizer.components.magneto import SubNormLinear, magneto_init_
 from modernizer.components.masked_attention import masked_attention
 from modernizer.components.multihead_attention import MultiheadAttention
 from modernizer.components.prism import PrismAdapter
@@ -40,6 +41,7 @@ __all__ = [
     "RotaryEmbedding",
     "SelfAttention",
     "StaticKVCache",
+    "SubNormLinear",
     "SwiGLU",
     "Transformer",
     "TransformerDecoderLayer",
@@ -49,6 +51,7 @@ __all__ = [
     "depth_scaled_init_",
     "gated",
     "grouped_attention",
+    "magneto_init_",
     "masked_attention",
     "prismatic_loss",
     "prismatic_metrics",

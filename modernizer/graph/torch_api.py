@@ -21,11 +21,13 @@ MODULE_OPS = {
     "TransformerDecoder": "torch_decoder", "Transformer": "torch_transformer", "GatedSiLU": "swiglu",
     "Gated": "swiglu",
     "RotaryEmbedding": "rotary", "ALiBi": "alibi", "PrismAdapter": "linear",
+    "SubNormLinear": "linear",
 }  # fmt: skip
 
 # Parameter names of the torch.nn constructors that rules look into, in torch's positional order.
 SIGNATURES = {
     "Linear": ("in_features", "out_features", "bias", "device", "dtype"),
+    "SubNormLinear": ("in_features", "out_features", "bias", "device", "dtype"),
     "FusedLinear": ("in_features", "out_features", "bias", "device", "dtype"),
     "PrismAdapter": ("in_features", "out_features", "bias"),
     "Prismatic": ("expert", "num_experts", "architectures"),

@@ -241,3 +241,37 @@ MODERN = {
     "scaled layer by layer": net("for i, layer in enumerate(self.layers):\n    layer.attention.o.weight.data.div_(math.sqrt(2 * i + 2))"),
 }  # fmt: skip
 NOT_DEPTH = net("for p in self.parameters():\n    nn.init.normal_(p, std=1 / math.sqrt(dim))")
+
+
+APART = HEAD.replace(
+    "self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))",
+    "self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))\n        self.o = nn.Linear(dim, dim)",
+)
+MAGNETO = {
+    "layers of their own": net(head=APART),
+    "an initialiser of the model's own": net("self.apply(fill)", APART + INIT),
+    "copies": net(
+        head=APART, old="[Block(dim) for _ in range(depth)]", new="[copy.deepcopy(Block(dim)) for _ in range(depth)]"
+    ),
+    "made and filled by a function": net(head=APART, tail=FACTORY),
+}
+NOT_MAGNETO = {
+    "made in one line": (net(), "made in one line with other layers"),
+    "post-norm": (
+        net(head=APART.replace("x = x + self.attention(h, h)", "x = self.norm1(x + self.attention(x, x))")
+            .replace("return x + self.ff(self.norm2(x))", "return self.norm2(x + self.ff(x))").replace("h = self.norm1(x)", "pass")),
+        "for pre-norm models",
+    ),
+    "query, key and value in one": (
+        net(head=APART.replace("self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))", "self.qkv = nn.Linear(dim, 3 * dim)")
+            .replace("scores = self.q(x) @ self.k(memory).transpose", "q, k, v = self.qkv(x).chunk(3, -1)\n        scores = q @ k.transpose")
+            .replace("@ self.v(memory)", "@ v")),
+        "not projected by layers of their own",
+    ),
+    "two stacks": (FORMS["two stacks"][0].replace(HEAD, APART), "encoder and decoder"),
+    "another model of the same layers": (
+        net(head=APART, tail=NET.replace("{setup}\n", "\n").replace("class Net", "class Other")), "is made of the same layers"),
+    "torch's layers": (FORMS["torch's layers"][0], "MAGNETO is for pre-norm models"),
+    "torch's stack": (FORMS["torch's stack"][0], "the layers of this stack are torch's own"),
+    "a linear layer of its own class": (FORMS["a linear layer of its own class"][0], "no plain nn.Linear|one line"),
+}  # fmt: skip

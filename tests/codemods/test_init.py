@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modernizer import pipeline
+from modernizer.components import SubNormLinear
 from modernizer.registry import select
 from modernizer.report import Report, Status
 from tests.programs import PROGRAMS, Program
@@ -25,20 +28,20 @@ def build(text: str) -> nn.Module:
     return made
 
 
-def apply(path: Path) -> Report:
-    report = pipeline.upgrade([path], select(["init"]), {})
+def apply(path: Path, **options: bool) -> Report:
+    report = pipeline.upgrade([path], select(["init"]), options)
     assert not report.problems
     return report
 
 
-def rewritten(folder: Path, text: str) -> str:
+def rewritten(folder: Path, text: str, **options: bool) -> str:
     """The text after the rule, which must have done all that it saw, and do nothing when it runs again."""
     path = folder / "model.py"
     path.write_text(text)
-    report = apply(path)
+    report = apply(path, **options)
     assert [site.status for site in report.sites] == [Status.DONE], [site.message for site in report.sites]
     new = path.read_text()
-    assert {site.status for site in apply(path).sites} == {Status.MODERN}
+    assert {site.status for site in apply(path, **options).sites} == {Status.MODERN}
     assert path.read_text() == new
     return new
 
@@ -134,3 +137,35 @@ def test_shipped_programs_are_built_and_run(program: Program, tmp_path: Path) ->
         else:
             assert 1 / ratio.mean().item() ** 2 == pytest.approx(round(1 / ratio.mean().item() ** 2), rel=1e-3)
     assert not report.sites or report.sites[0].status is Status.MODERN or changed
+
+
+@pytest.mark.parametrize("name", programs.MAGNETO)
+def test_magneto_norms_what_writes_and_draws_by_depth(name: str, tmp_path: Path) -> None:
+    new = rewritten(tmp_path, programs.MAGNETO[name].replace("dim=8", "dim=96"), magneto=True)
+    net = build(new)
+    parts = dict(net.named_modules())
+    normed = {name for name, module in parts.items() if isinstance(module, SubNormLinear)}
+    assert normed == {name for i in range(3) for name in (f"layers.{i}.attention.o", f"layers.{i}.ff.2")}
+    for i in range(3):
+        gains = {"o": 6, "v": 6, "q": math.e, "k": math.e}
+        shapes = {f"layers.{i}.attention.{one}": n for one, n in gains.items()} | {
+            f"layers.{i}.ff.{j}": 6 for j in (0, 2)
+        }
+        for key, depth in shapes.items():
+            weight = net.state_dict()[f"{key}.weight"]
+            wanted = math.sqrt(math.log(depth) * 2 / sum(weight.shape))
+            assert weight.std().item() == pytest.approx(wanted, rel=0.05), key
+    assert net.state_dict()["embed.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    net(torch.randint(50, (2, 6))).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", programs.NOT_MAGNETO)
+def test_magneto_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    text, reason = programs.NOT_MAGNETO[name]
+    path = tmp_path / "model.py"
+    path.write_text(text)
+    report = apply(path, magneto=True)
+    assert path.read_text() == text
+    assert {site.status for site in report.sites} == {Status.REFUSED}
+    assert all(re.search(reason, site.message) for site in report.sites), [site.message for site in report.sites]
