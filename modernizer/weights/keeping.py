@@ -260,9 +260,14 @@ class _Run:
     def _carry(self, rule: Rule, report: Report, old: nn.Module, new: nn.Module) -> list[str]:
         """Loads the new model with all that can be carried over; says what cannot."""
         state: Mapping[str, Any] = old.state_dict()
-        if report.weights is not None:
-            state = carry(report.weights, state).state
         wanted = new.state_dict()
+        if report.weights is not None:
+            try:
+                state = carry(report.weights, state).state
+            except MapError:
+                if _shapes(state) != _shapes(wanted):
+                    raise
+                report.weights = None  # the rule has changed other models of the program alone
         fits = {n: v for n, v in state.items() if n in wanted and v.shape == wanted[n].shape}
         lost = [n for n in state if n not in fits]
         fresh = [n for n in wanted if n not in fits]
@@ -379,6 +384,10 @@ def _difference(
         return math.inf
     largest = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30))
     return largest if math.isfinite(largest) else math.inf
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _few(batch: Any) -> Any:

@@ -181,6 +181,17 @@ def test_what_has_no_conversion_needs_training(place: Path):
     assert not (place / "new.pt").exists()
 
 
+def test_another_model_of_the_program_is_the_one_that_changes(place: Path):
+    for name in ("old", "new"):
+        more = "\n\ndef other():\n    return nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 13))\n"
+        (place / name / "model.py").write_text(OLD + more)
+    torch.save(nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 13)).state_dict(), "old.pt")
+    upgrade(place, ("swiglu",))
+    result = run("--rule", "swiglu", model="other()")
+    assert result.exit_code == 0 and "exact" in result.output, result.output
+    assert all(torch.equal(value, torch.load("old.pt")[name]) for name, value in torch.load("new.pt").items())
+
+
 def test_tuned_weights_are_exported(place: Path):
     runner = CliRunner()
     nothing = runner.invoke(main, ["export", "--checkpoint", "old.pt", "-o", "final.pt"])
