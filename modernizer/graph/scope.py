@@ -23,6 +23,8 @@ DROP_INS = frozenset({"TransformerEncoderLayer", "TransformerDecoderLayer", "Tra
 def canonical(dotted: str) -> str:
     """One name for an object of torch, whichever of its modules it was imported from."""
     parts = dotted.split(".")
+    if parts[:2] == ["apex", "normalization"] and parts[-1] in FUSED:
+        return "torch.nn." + FUSED[parts[-1]]
     if parts[:3] == ["torch", "nn", "modules"] and (len(parts) > 4 or parts[-1][:1].isupper()):
         return "torch.nn." + parts[-1]
     if parts[:3] == ["torch", "nn", "parameter"]:
@@ -32,6 +34,8 @@ def canonical(dotted: str) -> str:
     return dotted
 
 
+# Kernels of apex that compute what torch's modules of the same arguments and parameters do.
+FUSED = {"FusedLayerNorm": "LayerNorm", "FusedRMSNorm": "RMSNorm"}
 NUMBERS = {"inf": math.inf, "Inf": math.inf, "infty": math.inf, "pi": math.pi, "e": math.e, "nan": math.nan}
 
 

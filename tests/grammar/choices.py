@@ -46,7 +46,7 @@ DIMENSIONS: Mapping[str, tuple[str, ...]] = {
         "pseudo_pre",
         "flag",
     ),
-    "norm": ("torch", "std", "variance", "rms"),
+    "norm": ("torch", "std", "variance", "rms", "fused_or_own"),
     "shared_norm": ("no", "yes"),
     "final_norm": ("yes", "no"),
     "feed_forward": (

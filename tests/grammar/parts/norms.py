@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import indent
+
 from .text import Sizes, Unit, module
 
 PLAIN = Sizes("arguments")
@@ -30,6 +32,10 @@ def norm_units(kind: str) -> list[Unit]:
     """The class, where the program has one of its own."""
     if kind == "torch":
         return []
+    if kind == "fused_or_own":
+        (own,) = norm_units("variance")
+        text = "try:\n    from apex.normalization.fused_layer_norm import FusedLayerNorm as OwnNorm\n"
+        return [Unit(own.names, own.home, text + "except ImportError:\n\n" + indent(own.text, "    "))]
     init = [*(AFFINE[:1] if kind == "rms" else AFFINE), "self.eps = eps"]
     return [module("OwnNorm", "common", PLAIN, ["features"], init, "x", _FORWARDS[kind], more="eps=1e-6")]
 
