@@ -29,6 +29,7 @@ ANEW = (
     "an RMSNorm neither subtracts a mean nor adds a bias, so the model computes another function: train anew, or"
     " fine-tune; a checkpoint has biases of norms that there is no place for"
 )
+NEWLINE = "\n"
 LOADS = re.compile(r"\.(load_state_dict|load_from_checkpoint|from_pretrained)\(")
 HIDDEN = frozenset(  # what is counted beside the norms, before and after
     "linear conv1d conv2d embedding matmul einsum softmax scaled_dot_product_attention mha dropout add"
@@ -201,7 +202,10 @@ class _Group:
         whole = _distinct([*edits, *removal.edits()])
         if exact is None:
             return Upgrade(done[0].location, what, whole, (f"not exact: {why_not}", *self._notes(done)))
-        notes = tuple(_exact_notes(exact))
+        notes = (
+            *_exact_notes(exact),
+            *self._loader("those of the old model must go through `modernize migrate` first"),
+        )
         return Upgrade(done[0].location, what, whole, notes, exact.weights, Effect.EXACT)
 
     def _exact(self, done: Sequence[Site]) -> tuple[Exact | None, str]:
@@ -220,11 +224,14 @@ class _Group:
             yield f"{oddity}; an RMSNorm does not, so its scale is not quite the same"
         for name in dict.fromkeys(f.weight for f in formulas if f.weight not in ("", "weight")):
             yield f"`{name}` is `weight` now: lists of parameter names should know it"
+        yield from self._loader("those of a model with layer norms do not fit any more")
+
+    def _loader(self, said: str) -> Iterator[str]:
+        """A note on the first place that loads weights."""
         for file in self.model.project.files():
             found = LOADS.search(file.text)
             if found:
-                line = file.text.count("\n", 0, found.start()) + 1
-                yield f"{shown(file.path)}:{line} loads weights: those of a model with layer norms do not fit any more"
+                yield f"{shown(file.path)}:{file.text.count(NEWLINE, 0, found.start()) + 1} loads weights: {said}"
                 return
 
 

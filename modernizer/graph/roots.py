@@ -11,7 +11,7 @@ from modernizer.graph import calls, expressions, statements  # noqa: F401 - they
 from modernizer.graph.activations import Activations
 from modernizer.graph.machine import MAX_STEPS, MAX_STEPS_TO_BUILD, Dead, Machine, OutOfSteps
 from modernizer.graph.scope import Scope
-from modernizer.graph.values import Class, External, Frame, Function, Many, Module, Node, Object, Value
+from modernizer.graph.values import Class, External, Frame, Function, Many, Module, Node, Object, Partial, Value
 from modernizer.project import Project
 from modernizer.syntax import walk
 
@@ -158,7 +158,7 @@ def open_arguments(machine: Machine, frame: Frame, node: ast.FunctionDef, scope:
     for parameter in [*(positional if is_static or op == "argument" else positional[1:]), *spec.kwonlyargs]:
         if parameter.arg in defaults:
             default = machine.evaluate(scope.frame, defaults[parameter.arg])
-            if isinstance(default, External | Class | Function | Module):
+            if isinstance(default, External | Class | Function | Module | Partial):
                 values[parameter.arg] = default
                 continue
         values[parameter.arg] = machine.node(

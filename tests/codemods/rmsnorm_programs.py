@@ -170,6 +170,9 @@ HANDED_NET = NET.replace("def __init__(self, dim=8):", "def __init__(self, dim=8
     "        self.embedding",
     "        norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)\n        self.embedding",
 )
+DEFAULT_NET = NET.replace("dim=8):", "dim=8, norm_layer=nn.LayerNorm):").replace(
+    "Block(dim)", "Block(dim, norm_layer=norm_layer)"
+)
 GIVEN_NET = HANDED_NET.replace("Block(dim)", "Block(dim, norm_layer=norm_layer)")
 
 INITIALISED = NET.replace(
@@ -258,6 +261,7 @@ FORMS = {
         "norm_layer(dim)", block=HANDED_BLOCK, net=HANDED_NET
     ),
     "handed in all the way": own("norm_layer(dim)", block=HANDED_BLOCK, net=GIVEN_NET),
+    "handed in by a default of the model": own("norm_layer(dim)", block=HANDED_BLOCK, net=DEFAULT_NET),
     "a class made from torch's": own("Wide(dim)", more=WRAPPED),
     "a class made from torch's with a constructor": own("Wide(dim)", more=WRAPPED_WITH_CONSTRUCTOR),
     "initialised and grouped by class": own("nn.LayerNorm(dim)", net=INITIALISED),
