@@ -9,11 +9,12 @@ from itertools import combinations, pairwise
 
 from codemods._anchors import Code
 from codemods._kvcache_attention import Update, module_of
-from codemods._kvcache_axes import FED, GROWN, LAST, NEW, Loose, Tensor, constant, speaks_of
+from codemods._kvcache_axes import FED, GROWN, LAST, NEW, Loose, Tensor, constant, integers, speaks_of
 from codemods._kvcache_loops import Generation
 from codemods._kvcache_time import Timeline
 from codemods._survey import Cannot, place
-from modernizer.graph.query import is_const, location
+from modernizer.graph.query import is_const, is_none, location
+from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Many, Node, Value, flatten
 from modernizer.model_map.attention import Attention
 from modernizer.model_map.position import NOISE
@@ -278,8 +279,12 @@ def _is_one_step(value: Value, axis: int) -> bool:
         return False
     if value.op == "merge":
         return all(_is_one_step(option, axis) for option in value.args)
+    if axis == 0 and value.op == "getitem":  # `token[None]`
+        return is_none(value.args[1])
+    if axis == 0 and value.op in ("view", "reshape"):
+        return integers(value.args[1:]) == [1]
     if value.op == "multinomial":
-        return is_const(_argument(value, 1, "num_samples"), 1) and axis == 1
+        return is_const(_argument(value, 1, "num_samples"), 1) and (axis == 1 or rank(value.args[0]) == 1)
     if value.op in ("argmax", "max", "topk", "sort"):
         if value.op == "topk":
             return is_const(_argument(value, 1, "k"), 1)

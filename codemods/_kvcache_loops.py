@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from codemods._kvcache_axes import BATCH, FED, GROWN, Axis, Number, Tensor, free, is_window
 from codemods._survey import Cannot
 from modernizer.graph.machine import Repeat
-from modernizer.graph.query import is_none, location, users
+from modernizer.graph.query import is_const, is_none, location, users
+from modernizer.graph.rank import rank
 from modernizer.graph.values import Const, Frame, Many, Node, Value
 from modernizer.model_map.attention import Attention
 from modernizer.source import Location
@@ -74,6 +75,8 @@ class Generation:
             return self.axes
         if any(n.op == "embedding" for s in self.windows() for n in users(s)):
             return 2
+        if any(_is_row(n) for s in self.windows() for n in users(s)):
+            return 1
         raise Cannot("the axes of the growing sequence cannot be told", self.location)
 
     def windows(self) -> list[Node]:
@@ -107,6 +110,27 @@ class Generation:
     def rereads(self) -> bool:
         """Whether later turns are made of the whole sequence again, and not only of what was added to it."""
         return len(self.turns) > 1 and all(self.turns)
+
+
+def _is_row(fed: Node) -> bool:
+    """Whether something is `x[None, :]` of a single row of tokens: what the model makes of it has three axes."""
+    index = fed.args[1] if len(fed.args) > 1 else None
+    if fed.op == "getitem":
+        parts = index.items if isinstance(index, Many) else [index]
+        plain = [isinstance(p, Node) and p.op == "slice" and all(map(is_none, p.args)) for p in parts[1:]]
+        adds = bool(parts) and parts[0] is not None and is_none(parts[0]) and all(plain)
+    else:
+        adds = fed.op == "unsqueeze" and index is not None and is_const(index, 0)
+    if not adds:
+        return False
+    if rank(fed) is not None:
+        return rank(fed) == 2
+    made = [n for n in users(fed) if n.op == "embedding"]
+    for _ in range(4):
+        if any(rank(n) is not None for n in made):
+            return {rank(n) for n in made} - {None} == {3}
+        made = [u for n in made for u in users(n) if u.op in ("add", "mul", "dropout", "layer_norm")]
+    return False
 
 
 def _slices(node: Node) -> list[Node]:

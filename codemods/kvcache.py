@@ -304,10 +304,10 @@ class Builder:
         """What is fed, as the call has it."""
         windows = {id(w) for w in self.generation.windows()}
         for argument in [*call.args, *(k.value for k in call.keywords)]:
-            value = self.code.value(argument, self.generation.frame)
-            found = [v for f, v in self.machine.at.get(argument, ()) if f is self.generation.frame]
-            if value is not None and any(id(v) in windows for v in found):
-                return self.generation.frame.scope.source.code(argument)
+            for part in below(argument):  # itself, or what stands within `x[None, :]`
+                found = [v for f, v in self.machine.at.get(part, ()) if f is self.generation.frame]
+                if any(id(v) in windows for v in found):
+                    return self.generation.frame.scope.source.code(part)
         raise Cannot("what is fed to the model is no argument of its call", self.generation.location)
 
     def _open(self, call: ast.Call, frame: Frame, name: str) -> None:

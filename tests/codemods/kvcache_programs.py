@@ -673,8 +673,25 @@ ROWS_THAT_END = """
             idx = idx[alive]
         return torch.cat([*done, idx.flatten()]).unsqueeze(0)
 """
+ROW = """
+    def generate(self, idx, count, sample=False):
+        found = []
+        for row in idx:
+            tokens = row.clone()
+            for _ in range(count):
+                fed = tokens[-self.window:]
+                logits = self(fed[None, :])[0, -1, :]
+                new = torch.multinomial(F.softmax(logits, dim=-1), 1)[0] if sample else logits.argmax(-1)
+                tokens = torch.cat([tokens, new[None]], dim=0)
+            found.append(tokens)
+        return torch.stack(found)
+"""
 FORMS |= {
     "beams, joined": program(**_FREE_OF_WINDOW, generate=BEAMS_BY_CAT),
     "beams, selected and joined": program(**_FREE_OF_WINDOW, generate=BEAMS_SELECTED),
     "rows that end": program(**_FREE_OF_WINDOW, generate=ROWS_THAT_END),
+    "a single row": program(generate=ROW),
+    "a single row, unsqueezed": program(
+        generate=changed(ROW, ("fed[None, :]", "fed.unsqueeze(0)"), ("new[None]", "new.view(1)"))
+    ),
 }
