@@ -172,7 +172,7 @@ class SelfAttention(nn.Module):
         if kind == "alibi":
             heads = query.shape[1]
             bias = self.alibi.bias(queries, keys, num_heads=heads, device=query.device, dtype=query.dtype)
-            mask = bias if mask is None else _joined(bias, mask)
+            mask = bias if mask is None else _merged(bias, mask)
         return query, key, value, mask
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -185,7 +185,7 @@ class SelfAttention(nn.Module):
         """All calls as one of more heads: a single query keeps few cores of a GPU busy, and each call takes as long."""
         masks = []
         for query, key, _, mask in calls:
-            floats = query.new_zeros(()) if mask is None else _joined(query.new_zeros(()), mask)
+            floats = query.new_zeros(()) if mask is None else _merged(query.new_zeros(()), mask)
             masks.append(floats.expand(len(query), query.shape[1], 1, key.shape[-2]))
         query, key, value = (torch.cat([call[i] for call in calls], dim=1) for i in range(3))  # type: ignore[misc]
         return self._sdpa(query, key, value, torch.cat(masks, dim=1))
@@ -197,7 +197,7 @@ def _known(pos_type: str) -> str:
     return pos_type
 
 
-def _joined(mask: Tensor, other: Tensor) -> Tensor:
+def _merged(mask: Tensor, other: Tensor) -> Tensor:
     """Both masks: of two booleans the common part, else their sum."""
     if mask.dtype == torch.bool and other.dtype == torch.bool:
         return mask & other
