@@ -34,6 +34,8 @@ Key = tuple[ast.AST, int]  # a call expression, and the id of the activation tha
 # Methods that change what they are called on; a tensor has some of these names for things that do not.
 CHANGES = frozenset("append extend insert pop popitem clear remove update setdefault discard appendleft put".split())
 CHANGES_LISTS = CHANGES | {"add", "sort", "reverse"}
+# Methods of a module by which it keeps something.
+KEEPS = frozenset("register_buffer register_parameter register_module add_module load_state_dict __setattr__".split())
 FRESH = frozenset("list dict set deque OrderedDict defaultdict Counter".split())
 COUNTS_BATCHES = frozenset("BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm LazyBatchNorm1d".split())
 SAME_MEMORY = VIEWS - frozenset("clone repeat repeat_interleave index_select type_as".split())
@@ -171,6 +173,8 @@ class Region:
 
     def _by_method(self, function: ast.AST, call: ast.Call, func: ast.Attribute, frame: Frame) -> Iterator[str]:
         values = self._values(func.value)
+        if func.attr in KEEPS:
+            raise Cannot("a layer keeps something from call to call", frame.scope.source.location(call))
         if call not in self.machine.at or not self._values(call):  # a branch that was not taken
             self._check_unseen(call, func, frame)
             if func.attr.endswith("_") and not func.attr.endswith("__"):
@@ -178,8 +182,8 @@ class Region:
         tensors = bool(values) and all(isinstance(v, Node) for v in values)
         if func.attr not in (CHANGES if tensors else CHANGES_LISTS):
             return
-        if any(isinstance(v, External) for v in values) or isinstance(func.value, ast.Call):
-            return  # a function of a package, or what was made on the spot
+        if values and all(isinstance(v, External) for v in values):
+            return  # a function of a package
         yield from self._by_list(function, func.value, frame)
 
     def _by_list(self, function: ast.AST, changed: ast.expr, frame: Frame) -> Iterator[str]:
@@ -234,7 +238,7 @@ class Region:
     def _has_made(self, value: Value) -> bool:
         """Whether a value did not exist before the layer ran."""
         if isinstance(value, Many):
-            return value.node is not None and any(value.node in below(f) for f, _ in self.functions)
+            return value.node is not None and any(value.node in below(s) for f, _ in self.functions for s in _body(f))
         return isinstance(value, Node) and id(value) in self._made
 
     def _argument(self, root: Value) -> str | None:
@@ -359,6 +363,12 @@ def _makes_new(value: ast.expr) -> bool:
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
         return value.func.attr not in SAME_MEMORY
     return isinstance(value, ast.BinOp | ast.UnaryOp | ast.Constant | ast.Compare) or _makes_list(value)
+
+
+def _body(function: ast.AST) -> list[ast.AST]:
+    """What a call of a function runs: its defaults were made with it."""
+    body: list[ast.AST] | ast.AST = getattr(function, "body", [])
+    return body if isinstance(body, list) else [body]
 
 
 def _stores(name: ast.Name) -> bool:

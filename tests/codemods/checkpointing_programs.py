@@ -141,7 +141,6 @@ FORMS = {
     "tabs": program().replace("    ", "\t"),
 }  # fmt: skip
 
-KEPT = """self.steps = getattr(self, "steps", 0)"""
 LATE = "\n\ndef prepare(model, scale):\n    for layer in model.stack.layers:\n        layer.scale = scale\n"
 
 REFUSED = {
@@ -192,6 +191,19 @@ REFUSED = {
                 first="self.mean.mul_(0.9).add_(0.1 * x.mean().item())"),
         "keeps something from call to call",
     ),
+    "a buffer that is made anew": (
+        program(first="self.register_buffer('seen', x.detach().clone())"), "keeps something from call to call"),
+    "a list behind a call": (
+        program(block=BLOCK.replace("self.attention = ", "self.seen = []\n        self.attention = "),
+                first="getattr(self, 'seen').append(x.detach())"),
+        "a layer changes",
+    ),
+    "a default that is changed": (
+        program(parameter=", seen=[]", first="seen.append(x.detach())"), "a layer changes what it is given"),
+    "a table of the file": (
+        program(first="TABLE[id(self)] = x.detach()").replace("\n\nclass Att", "\nTABLE = {}\n\n\nclass Att", 1),
+        "a layer changes what it is given",
+    ),
     "set from outside": (
         program(block=BLOCK.replace("self.attention = ", "self.scale = 1.0\n        self.attention = "),
                 first="x = x * self.scale", tail=LATE),
@@ -232,10 +244,6 @@ REFUSED = {
                      "        self.layers = nn.ModuleList([Block(dim)])\n"),
         "Odd does not run the constructor of Stack",
     ),
-    "a flag that means something else": (
-        program(setup="        self.gradient_checkpointing = 3\n").replace("return x\n", "return x\n", 1),
-        "checkpointed already",
-    ),
     "under a context": (
         program("with torch.autograd.profiler.emit_nvtx(False):\n    for layer in self.layers:\n        x = layer(x, mask)\n"
                 "return x"),
@@ -253,7 +261,6 @@ REFUSED = {
         "runs its layers itself",
     ),
 }  # fmt: skip
-del REFUSED["a flag that means something else"]
 
 CHECKPOINTED = "for layer in self.layers:\n    x = torch.utils.checkpoint.checkpoint(layer, x, mask, use_reentrant=False)\nreturn x"
 MODERN = {
