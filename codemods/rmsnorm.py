@@ -23,7 +23,7 @@ from modernizer.removal import Removal
 from modernizer.report import shown
 from modernizer.rule import Effect, Modern, Options, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location
-from modernizer.syntax import function_of
+from modernizer.syntax import function_of, mentions
 
 ANEW = (
     "an RMSNorm neither subtracts a mean nor adds a bias, so the model computes another function: train anew, or"
@@ -227,7 +227,11 @@ class _Group:
         yield from self._loader("those of a model with layer norms do not fit any more")
 
     def _loader(self, said: str) -> Iterator[str]:
-        """A note on the first place that loads weights."""
+        """Notes on code that tells norms by the name of their class, and on the first place that loads weights."""
+        for file in self.model.project.files():
+            for node in mentions(file.tree).strings.get("LayerNorm", ()):
+                if isinstance(file.parents.get(node), ast.Compare | ast.Call):
+                    yield f"{shown(file.path)}:{node.lineno} may tell norms by the name of their class, now RMSNorm"
         for file in self.model.project.files():
             found = LOADS.search(file.text)
             if found:

@@ -192,6 +192,17 @@ def test_the_report_says_what_of_the_formula_is_gone(tmp_path: Path):
     assert any("`a_2` is `weight` now" in note for note in site.notes)
 
 
+@pytest.mark.parametrize("form", ["by name", "post-norm"])
+def test_code_that_goes_by_the_name_of_the_class_is_named(form: str, tmp_path: Path):
+    path = tmp_path / "program.py"
+    path.write_text(
+        FORMS[form]
+        + "\n\ndef fill(m):\n    if type(m).__name__.find('LayerNorm') != -1:\n        m.weight.data.fill_(2)\n"
+    )
+    (site,) = [s for s in apply(path).sites if s.status is Status.DONE]
+    assert any("by the name of their class" in note for note in site.notes)
+
+
 @pytest.mark.parametrize("form", REFUSED)
 def test_what_cannot_be_told_is_refused_and_nothing_is_written(form: str, tmp_path: Path):
     path = tmp_path / "program.py"
