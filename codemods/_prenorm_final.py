@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from codemods._prenorm_branch import is_constructor
 from codemods._prenorm_common import Impossible, defining, quoted, receiver_name, values_in
 from codemods._prenorm_sizes import Translator
-from codemods._unfollowed import unfollowed_uses
 from modernizer.edit import AddImport, Edit, Insert, Replace
 from modernizer.graph import Graph
 from modernizer.graph.query import alternatives
@@ -92,7 +91,7 @@ def _lost(stack: Stack, reason: str = "", hint: str = "") -> Impossible:
     )
 
 
-def _owner(graph: Graph, stack: Stack, frame: Frame) -> tuple[Module, str]:
+def _owner(stack: Stack, frame: Frame) -> tuple[Module, str]:
     """The module in whose method the stream leaves the stack, and the attribute of it that holds the layers."""
     owner = frame.receiver
     if not isinstance(owner, Module) or owner.cls is None or not receiver_name(frame):
@@ -105,10 +104,6 @@ def _owner(graph: Graph, stack: Stack, frame: Frame) -> tuple[Module, str]:
         while chain is not None and chain.owner is not owner:
             chain = chain.owner
         if chain is not None:
-            for read, where in unfollowed_uses(graph, owner, chain.name):
-                raise Impossible(read, frame, f"`{chain.name}` is also run in code that could not be followed, at line"
-                                 f" {where.line}, which would need a final norm too",
-                                 "name the files that call this code too, or take it out")  # fmt: skip
             return owner, chain.name
     return owner, ""
 
@@ -120,7 +115,7 @@ def _after_loop(graph: Graph, stack: Stack, runs: Sequence[Stack]) -> Exit:
     loop, frame = stack.node, stack.frame
     assert isinstance(loop, ast.For | ast.While) and frame.function is not None
     tree = frame.scope.source.tree
-    owner, attribute = _owner(graph, stack, frame)
+    owner, attribute = _owner(stack, frame)
     passes = values_in(graph.machine, loop.iter, frame) if isinstance(loop, ast.For) else [None]
     if len(passes) > len(runs):
         around = list(loops_around(tree, loop))
@@ -220,7 +215,7 @@ def _collected(stack: Stack, frame: Frame, loop: ast.AST, name: str, carried: se
 
 def _after_call(graph: Graph, stack: Stack, end: Residual, call: ast.Call, frame: Frame) -> Exit:
     """Behind one call whose result is the stream, or holds it."""
-    owner, attribute = _owner(graph, stack, frame)
+    owner, attribute = _owner(stack, frame)
     carried = stack.flow.carried(end)
     norm = f"{receiver_name(frame)}.{NAME}"
     if not isinstance(call, ast.Call) or frame.function is None:
@@ -254,7 +249,7 @@ def _plain(graph: Graph, stack: Stack, end: Residual) -> Exit:
         results = flatten(frame.result) if frame.result is not None else ()
         returned = any(id(leaf) in stack.flow.carried(end) for leaf in results)
         if call is None and not returned and end.norm is not None:
-            return _in_place(graph, stack, end, frame)
+            return _in_place(stack, end, frame)
         if frame.caller is None or frame.caller.function is None:
             raise _lost(
                 stack, "a layer that no stack of this program calls: its stack would need a final norm",
@@ -287,9 +282,9 @@ def _below(r: Residual, frame: Frame) -> Frame | None:
     return next((f for f in r.frame.outward() if f.caller is frame), None)
 
 
-def _in_place(graph: Graph, stack: Stack, end: Residual, frame: Frame) -> Exit:
+def _in_place(stack: Stack, end: Residual, frame: Frame) -> Exit:
     """The last norm call of a model in one class becomes that of the final norm."""
-    owner, attribute = _owner(graph, stack, frame)
+    owner, attribute = _owner(stack, frame)
     norm = end.norm
     assert norm is not None and norm.call is not None and norm.argument is not None
     code = f"{receiver_name(frame)}.{NAME}($0)"

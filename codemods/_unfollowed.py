@@ -14,32 +14,42 @@ from modernizer.syntax import Function, below, mentions, outward
 def unfollowed_uses(graph: Graph, owner: Module, name: str) -> Iterator[tuple[ast.Attribute, Location]]:
     """Where methods of a module's own class, or of its bases, call or add up what is kept as one of its attributes
     without ever having been executed."""
-    classes = {c.node for c in owner.cls.mro if isinstance(c, Class)} if owner.cls is not None else set()
     ran = {frame.function.node for frame in graph.machine.frames if frame.function is not None}
+    for read, where, function in uses(graph, owner, name):
+        if read not in graph.machine.at and function not in ran:
+            yield read, where
+
+
+def uses(graph: Graph, owner: Module, name: str) -> Iterator[tuple[ast.Attribute, Location, ast.AST]]:
+    """Where methods of a module's own class, or of its bases, call or add up what is kept as one of its attributes,
+    with the function around it."""
+    classes = {c.node for c in owner.cls.mro if isinstance(c, Class)} if owner.cls is not None else set()
     for file in graph.project.files():
         for read in mentions(file.tree).attributes.get(name, ()):
-            if not isinstance(read.ctx, ast.Load) or read in graph.machine.at:
+            if not isinstance(read.ctx, ast.Load):
                 continue
             around = list(outward(file.tree, read))
-            functions = [node for node in around if isinstance(node, Function)]
+            function = next((node for node in around if isinstance(node, Function)), None)
             owned = any(node in classes for node in around if isinstance(node, ast.ClassDef))
-            if owned and functions and functions[-1] not in ran and _is_use(read, around):
-                yield read, file.location(read)
+            if owned and function is not None and _is_use(read, around, by_methods=read not in graph.machine.at):
+                yield read, file.location(read), function
 
 
-def _is_use(read: ast.Attribute, around: list[ast.AST]) -> bool:
+def _is_use(read: ast.Attribute, around: list[ast.AST], by_methods: bool) -> bool:
     """Whether something is computed with it: its own parts or its size may be asked for, or be set anew."""
     above = around[1]
     if isinstance(above, ast.Call):
-        return above.func is read or _is_iterated(above, around[2:])
+        return above.func is read or _is_iterated(above, around[2:], by_methods)
     if isinstance(above, ast.Subscript):
         called = around[2]
+        if _is_iterated(above, around[2:], by_methods):
+            return True
         return (isinstance(called, ast.Call) and called.func is above) or isinstance(called, ast.BinOp)
-    return isinstance(above, ast.BinOp | ast.AugAssign) or _is_iterated(read, around[1:])
+    return isinstance(above, ast.BinOp | ast.AugAssign) or _is_iterated(read, around[1:], by_methods)
 
 
-def _is_iterated(part: ast.AST, around: list[ast.AST]) -> bool:
-    """Whether a loop calls what it is made to go over, or hands data to a method of it."""
+def _is_iterated(part: ast.AST, around: list[ast.AST], by_methods: bool) -> bool:
+    """Whether a loop calls what it is made to go over, or hands data to a method of it if that counts."""
     loop = next((node for node in around if isinstance(node, ast.For | ast.comprehension | ast.stmt)), None)
     if isinstance(loop, ast.For):
         targets, body = loop.target, [n for s in loop.body for n in below(s)]
@@ -51,12 +61,12 @@ def _is_iterated(part: ast.AST, around: list[ast.AST]) -> bool:
     if part not in below(loop.iter):
         return False
     names = {n.id for n in below(targets) if isinstance(n, ast.Name)}
-    return any(isinstance(n, ast.Call) and _called(n) in names for n in body)
+    return any(isinstance(n, ast.Call) and _called(n, by_methods) in names for n in body)
 
 
-def _called(call: ast.Call) -> str:
+def _called(call: ast.Call, by_methods: bool) -> str:
     """The name that is called, or whose method is called with arguments."""
     func = call.func
-    if isinstance(func, ast.Attribute) and call.args:
+    if isinstance(func, ast.Attribute) and call.args and by_methods:
         func = func.value
     return func.id if isinstance(func, ast.Name) else ""

@@ -23,6 +23,7 @@ from codemods._prenorm_torch import (
     subclasses,
     torch_stacks,
 )
+from codemods._unfollowed import uses
 from modernizer.edit import Edit, Insert, Replace
 from modernizer.graph import Graph
 from modernizer.graph.query import location, through
@@ -32,6 +33,7 @@ from modernizer.model_map.residual import FLAG, LAYOUT, NONE, POST, PRE, PSEUDO,
 from modernizer.model_map.stack import Stack
 from modernizer.rule import Effect, Modern, Plan, Refusal, Rule, Upgrade
 from modernizer.source import Location
+from modernizer.syntax import below, loops_around
 
 CHOICE = (
     "both orders are there, and a test of the program chooses between them",
@@ -229,6 +231,7 @@ def _edits(model: ModelMap, group: _Group) -> tuple[list[Edit], list[str]]:
     _check_coverage(model, group, contexts)
     exits = [exit_of(model.graph, s, group.stacks) for s in _last(model, group.stacks) if not s.final_norms()]
     _check_exits(model, group, exits)
+    _check_runs(model, group, exits)
     _check_layers(model, group, exits)
     by_torch = {layer.call: layer for layer in _torch_layers(group) if layer.call is not None}
     edits: list[Edit] = []
@@ -261,6 +264,27 @@ def _check_exits(model: ModelMap, group: _Group, exits: Sequence[Exit]) -> None:
                 r.sum.node, r.frame, "something stands between the layers of this stack, also behind the last of them",
                 "norm the stream where it leaves the stack",
             )  # fmt: skip
+
+
+def _check_runs(model: ModelMap, group: _Group, exits: Sequence[Exit]) -> None:
+    """The layers of a stack may not be run anywhere else: there they would lack the final norm."""
+    tops = {s.node for s in group.stacks if s.node is not None} | {e.call for e in exits if e.call is not None}
+    for frame in {id(f): f for s in group.stacks for r in s.residuals for f in r.frame.outward()}.values():
+        if frame.call is not None and frame.caller is not None:
+            tops |= {frame.call, *loops_around(frame.caller.scope.source.tree, frame.call)}
+    known = {id(node) for top in tops for node in below(top)}
+    ran = {frame.function.node for frame in model.graph.machine.frames if frame.function is not None}
+    for found in exits:
+        for read, where, function in uses(model.graph, found.owner, found.attribute):
+            is_settled = read not in model.graph.machine.at and function in ran  # a test of the program leaves it out
+            if id(read) not in known and not is_settled:
+                r = found.stack.residuals[-1]
+                assert r.sum.node is not None
+                raise Impossible(
+                    r.sum.node, r.frame, f"`{found.attribute}` is also run at {where.path.name}:{where.line} in code"
+                    " that could not be followed, where the final norm would be missing",
+                    "name the files that call this code too, or take it out",
+                )  # fmt: skip
 
 
 def _check_layers(model: ModelMap, group: _Group, exits: Sequence[Exit]) -> None:

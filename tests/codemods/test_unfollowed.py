@@ -88,6 +88,16 @@ class Model(nn.Module):
 """
 CALL = "\n    def sample(self, ids, steps):\n        return self.decoder.complete(ids, steps)\n"
 COUNT = "\n    def depth(self):\n        return len(self.blocks), [block.norm1 for block in self.blocks], self.places.table.shape\n"
+CHECKPOINT = "from torch import nn\nfrom torch.utils.checkpoint import checkpoint\n"
+PART = """    def part(self, start, size):
+        def run(x):
+            for block in self.blocks[slice(start, start + size)]:
+                x = block(x)
+            return x
+
+        return run
+
+    def complete"""
 EITHER = "self.decoder = decoder if decoder is not None else Decoder()"
 
 
@@ -125,6 +135,31 @@ def test_a_method_that_is_called_on_a_part_is_upgraded_too(made: str, rule: Rule
     sampled = model.sample(ids, 3)
     for step in range(3):  # the loop runs what `forward` runs
         assert model(sampled[:, : 5 + step])[0, -1].argmax() == sampled[0, 5 + step]
+
+
+def test_layers_that_are_run_in_parts_of_unknown_size_are_seen(tmp_path: Path) -> None:
+    by_parts = (
+        program("self.decoder = Decoder()", CALL)
+        .replace(
+            "        x = self.tokens(ids) + self.places(ids)\n        for block in self.blocks:\n            x = block(x)\n",
+            "        x = self.tokens(ids) + self.places(ids)\n"
+            "        if size is not None:\n"
+            "            for start in range(0, len(self.blocks), size):\n"
+            "                x = checkpoint(self.part(start, size), x, use_reentrant=False)\n"
+            "        else:\n"
+            "            for block in self.blocks:\n"
+            "                x = block(x)\n",
+        )
+        .replace(
+            "def forward(self, ids):\n        x = self.tokens",
+            "def forward(self, ids, size=None):\n        x = self.tokens",
+        )
+        .replace("    def complete", PART)
+        .replace("from torch import nn\n", CHECKPOINT)
+    )
+    after, report = upgraded(tmp_path, by_parts, Prenorm())
+    assert after == by_parts
+    assert any("could not be followed" in site.message for site in report.sites)
 
 
 @pytest.mark.parametrize("rule", [Rope(), Prenorm()], ids=lambda rule: rule.name)
