@@ -23,7 +23,7 @@ def noisy(text: str, noise: str, old_super: str) -> str:
 def _old_super(text: str) -> str:
     name, lines = "", []
     for line in text.split("\n"):
-        found = re.match(r"class (\w+)", line)
+        found = re.match(r"\s*class (\w+)", line)
         name = found[1] if found else name
         lines.append(line.replace("super().__init__()", f"super({name}, self).__init__()"))
     return "\n".join(lines)
