@@ -308,9 +308,12 @@ class _Run:
         if file.is_file():
             try:
                 found = torch.load(file, map_location=self.device, weights_only=True)
-                start = found["start"] if found["key"] == key else None
-            except Exception:
-                start = None  # of no use: it is written anew
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a damaged pickle may raise anything; nothing but time is lost with it
+                self.notes.append(f"{file.name}, of an interrupted run, cannot be read ({error}): started anew")
+            else:
+                start = found["start"] if isinstance(found, dict) and found.get("key") == key else None
 
         def save(state: dict[str, Any]) -> None:
             beside = file.with_name(f"{file.name}-new")
@@ -428,8 +431,8 @@ def _vocabularies(
     try:
         with torch.no_grad():
             forward(model, filled)
-    except Exception:
-        return found  # said better when it is called with the data itself
+    except Exception:  # the program's own code may raise anything on zeros; on the data itself it has to run
+        return found
     finally:
         for handle in handles:
             handle.remove()
@@ -442,9 +445,9 @@ def _fingerprint(model: nn.Module, used: Batches, request: Request) -> str:
         made.update(name.encode())
         made.update(_bytes(value))
     for part in used.data.parts:
-        made.update(
-            str(part.shape).encode() + part[used.rows[:8]].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        made.update(str((part.shape, part.dtype)).encode())
+        for rows in torch.split(used.rows, 1024):
+            made.update(_bytes(part[rows]))
     made.update(repr((used.rows.tolist(), request.ridges, request.call)).encode())
     return made.hexdigest()
 

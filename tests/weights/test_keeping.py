@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from modernizer import pipeline
 from modernizer.cli import main
 from modernizer.registry import select
-from modernizer.weights import bridge
+from modernizer.weights import bridge, keeping
 from modernizer.weights.batches import DataError, of_iterable, read_data, split
+from modernizer.weights.calibrate import Ridges
 from modernizer.weights.objective import DISTANCE, DIVERGENCE, NEXT_TOKEN, choose
 from modernizer.weights.programs import Program, ProgramError
 
@@ -298,7 +299,24 @@ def test_interrupted_run_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch):
     again = torch.load("new.pt")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     partial.write_bytes(b"something else")
-    assert run("--rule", "prenorm").exit_code == 0
+    result = run("--rule", "prenorm")
+    assert result.exit_code == 0 and "cannot be read" in result.output
+
+
+def test_what_was_interrupted_is_known_by_every_row_of_its_data() -> None:
+    model, rows = nn.Linear(2, 2), torch.arange(100).view(50, 2)
+    request = types.SimpleNamespace(ridges=Ridges(), call=None)
+
+    def key(data: Tensor) -> str:
+        used, _ = split(of_iterable([data]), 60, 20, torch.device("cpu"))
+        return keeping._fingerprint(model, used, request)  # type: ignore[arg-type]
+
+    used, _ = split(of_iterable([rows]), 60, 20, torch.device("cpu"))
+    assert key(rows) == key(rows.clone())
+    for row in used.rows.tolist():
+        changed = rows.clone()
+        changed[row, 0] += 1
+        assert key(changed) != key(rows)
 
 
 def test_wrapped_names_and_the_rest_of_a_checkpoint_stay(place: Path):
