@@ -14,15 +14,15 @@ from modernizer.syntax import Function, below, mentions, outward
 def unfollowed_uses(graph: Graph, owner: Module, name: str) -> Iterator[tuple[ast.Attribute, Location]]:
     """Where methods of a module's own class, or of its bases, call or add up what is kept as one of its attributes
     without ever having been executed."""
-    ran = {frame.function.node for frame in graph.machine.frames if frame.function is not None}
-    for read, where, function in uses(graph, owner, name):
-        if read not in graph.machine.at and function not in ran:
+    for read, where, is_left_out in uses(graph, owner, name):
+        if read not in graph.machine.at and not is_left_out:
             yield read, where
 
 
-def uses(graph: Graph, owner: Module, name: str) -> Iterator[tuple[ast.Attribute, Location, ast.AST]]:
+def uses(graph: Graph, owner: Module, name: str) -> Iterator[tuple[ast.Attribute, Location, bool]]:
     """Where methods of a module's own class, or of its bases, call or add up what is kept as one of its attributes,
-    with the function around it."""
+    and whether a test of a function that was executed leaves that out, as the program is set up."""
+    ran = {frame.function.node for frame in graph.machine.frames if frame.function is not None}
     classes = {c.node for c in owner.cls.mro if isinstance(c, Class)} if owner.cls is not None else set()
     for file in graph.project.files():
         for read in mentions(file.tree).attributes.get(name, ()):
@@ -32,7 +32,9 @@ def uses(graph: Graph, owner: Module, name: str) -> Iterator[tuple[ast.Attribute
             function = next((node for node in around if isinstance(node, Function)), None)
             owned = any(node in classes for node in around if isinstance(node, ast.ClassDef))
             if owned and function is not None and _is_use(read, around, by_methods=read not in graph.machine.at):
-                yield read, file.location(read), function
+                inside = around[: around.index(function)]
+                by_test = read not in graph.machine.at and any(isinstance(n, ast.If | ast.IfExp) for n in inside)
+                yield read, file.location(read), by_test and function in ran
 
 
 def _is_use(read: ast.Attribute, around: list[ast.AST], by_methods: bool) -> bool:

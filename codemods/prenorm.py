@@ -273,11 +273,9 @@ def _check_runs(model: ModelMap, group: _Group, exits: Sequence[Exit]) -> None:
         if frame.call is not None and frame.caller is not None:
             tops |= {frame.call, *loops_around(frame.caller.scope.source.tree, frame.call)}
     known = {id(node) for top in tops for node in below(top)}
-    ran = {frame.function.node for frame in model.graph.machine.frames if frame.function is not None}
     for found in exits:
-        for read, where, function in uses(model.graph, found.owner, found.attribute):
-            is_settled = read not in model.graph.machine.at and function in ran  # a test of the program leaves it out
-            if id(read) not in known and not is_settled:
+        for read, where, is_left_out in uses(model.graph, found.owner, found.attribute):
+            if id(read) not in known and not is_left_out:
                 r = found.stack.residuals[-1]
                 assert r.sum.node is not None
                 raise Impossible(
