@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from programs import PROGRAMS, Program, program
 
 RULES = {"rope", "alibi", "prenorm", "swiglu", "sdpa", "fuseqkv", "kvcache"}
+GENERATING = ("char_gpt", "latent_drift_trajectory", "modern_llama", "translator")
 STATUSES = {"apply", "hard", "modern", "absent"}
 
 
@@ -56,11 +58,15 @@ def test_causality_is_as_the_case_says(case: Any) -> None:
     assert gap == 0 if case.causal else gap > 1e-6
 
 
-def test_generation_is_deterministic(case: Any) -> None:
-    if not hasattr(case, "generate"):
-        pytest.skip("no generation loop")
-    model = case.build()
-    assert torch.equal(case.generate(model, case.inputs()), case.generate(model, case.inputs()))
+@pytest.mark.parametrize("name", GENERATING)
+def test_generation_is_deterministic(name: str) -> None:
+    with program(name).case() as case:
+        model = case.build()
+        assert torch.equal(case.generate(model, case.inputs()), case.generate(model, case.inputs()))
+
+
+def test_every_other_program_has_no_generation_loop(case: Any) -> None:
+    assert hasattr(case, "generate") == (Path(case.__file__).parent.name in GENERATING)
 
 
 def test_attention_free_part_knows_positions() -> None:
