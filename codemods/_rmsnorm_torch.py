@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from codemods._rmsnorm_mentions import bias_reads
 from codemods._rmsnorm_sites import LAYERS, Refused
+from codemods._swiglu_torch import OURS
 from modernizer.edit import AddArgument, Edit, Replace
 from modernizer.graph.values import Class, Const, External, Frame, Module, Value
 from modernizer.imports import Imports
@@ -15,8 +16,6 @@ from modernizer.model_map import ModelMap
 from modernizer.source import Location, SourceFile
 from modernizer.syntax import below, function_of
 
-# Keywords that only our classes take.
-OURS = frozenset({"rotary", "alibi", "gated", "keep_hidden", "beta", "rms_norm"})
 NORMS = ("norm1", "norm2", "norm3")
 
 

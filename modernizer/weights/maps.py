@@ -65,8 +65,23 @@ class Split:
         return Concat(self.new, self.old, self.axis, self.equal, self.optional, self.sizes)
 
 
+class _OneToOne:
+    """A step that makes one tensor of one."""
+
+    old: str
+    new: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.old,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.new,)
+
+
 @dataclass(frozen=True)
-class Widen:
+class Widen(_OneToOne):
     """One tensor becomes twice as long along `axis`; all of the new second half is `fill`.
 
     The first projection of a feed-forward that gets a gate: with zeros in the weight and ones in the bias, the new half
@@ -79,20 +94,12 @@ class Widen:
     fill: float = 0.0
     optional: bool = False
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.old,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.new,)
-
     def inverted(self) -> Narrow:
         return Narrow(self.new, self.old, self.axis, self.fill, self.optional)
 
 
 @dataclass(frozen=True)
-class Narrow:
+class Narrow(_OneToOne):
     """The way back from `Widen`: the second half goes, which must still be `fill` throughout."""
 
     old: str
@@ -101,20 +108,12 @@ class Narrow:
     fill: float = 0.0
     optional: bool = False
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.old,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.new,)
-
     def inverted(self) -> Widen:
         return Widen(self.new, self.old, self.axis, self.fill, self.optional)
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(_OneToOne):
     """A tensor is cut along `axis` into as many equal parts as there are `factors`, each multiplied by its own."""
 
     old: str
@@ -122,14 +121,6 @@ class Scale:
     factors: tuple[float, ...]
     axis: int = 0
     optional: bool = False
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.old,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return (self.new,)
 
     def inverted(self) -> Scale:
         return Scale(self.new, self.old, tuple(1 / factor for factor in self.factors), self.axis, self.optional)
