@@ -12,7 +12,7 @@ from codemods._unfollowed import unfollowed_uses
 from modernizer.edit import AddArgument, AddParameter, Edit, Replace
 from modernizer.graph.query import alternatives, ancestors, location
 from modernizer.graph.rank import is_number
-from modernizer.graph.values import Frame, Many, Module, Node, Value
+from modernizer.graph.values import Frame, Many, Module, Node, Value, flatten
 from modernizer.model_map.position import Position, PositionSite, content_inputs
 from modernizer.removal import Removal, is_pure
 
@@ -284,15 +284,23 @@ def _check_followed(removal: Removal, group: Group) -> None:
     held: dict[tuple[int, str], Module] = {}
     for position in group.removed:
         inner = [f.receiver for f in position.term.frame.outward()] if isinstance(position.term, Node) else []
-        made = [m for m in (*inner, *_tables(position.term)) if isinstance(m, Module) and m.owner is not None]
-        for module in made:
-            if module.owner is not None and any(f.receiver is module.owner for f in position.frame.outward()):
-                held[id(module.owner), module.name] = module.owner
+        made = {id(m) for m in (*inner, *_tables(position.term), *ancestors(position.term).values()) if _is_table(m)}
+        for owner in (f.receiver for f in position.frame.outward() if isinstance(f.receiver, Module)):
+            for name, value in owner.attributes.items():
+                if any(id(leaf) in made and leaf is not owner for leaf in flatten(value)):
+                    held[id(owner), name] = owner
     for (_, name), owner in held.items():
         for read, where in unfollowed_uses(removal.graph, owner, name):
             if not removal.is_gone(read):
                 raise Cannot(f"`{name}` is also used in code that could not be followed", where,
                              "name the files that call this code too, or take it out")  # fmt: skip
+
+
+def _is_table(value: Value | None) -> bool:
+    """Whether positions may be kept as this: a module, a parameter or what was computed when the model was made."""
+    if isinstance(value, Node):
+        return value.op not in ("config", "input", "attr", "unknown", "dim", "shape") and not is_number(value)
+    return isinstance(value, Module)
 
 
 def _is_made_no_more(removal: Removal, frame: Frame) -> bool:

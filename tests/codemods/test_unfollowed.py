@@ -137,6 +137,23 @@ def test_a_method_that_is_called_on_a_part_is_upgraded_too(made: str, rule: Rule
         assert model(sampled[:, : 5 + step])[0, -1].argmax() == sampled[0, 5 + step]
 
 
+@pytest.mark.parametrize("rule", [Rope(), Alibi()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "kept",
+    ["self.places = nn.Parameter(torch.randn(1, 64, dim))", 'self.register_buffer("places", torch.arange(64)[:, None] '
+     "* torch.linspace(0.1, 1, dim))"],
+    ids=["parameter", "buffer"],
+)  # fmt: skip
+def test_a_table_that_an_unfollowed_method_adds_too_stays(kept: str, rule: Rule, tmp_path: Path) -> None:
+    rows = "self.places[:, : ids.size(1)]" if "Parameter" in kept else "self.places[: ids.size(1)]"
+    text = program("self.decoder = Decoder()").replace(", self.places = nn.Embedding(words, dim), Places(dim)",
+                                                       " = nn.Embedding(words, dim)\n        " + kept)  # fmt: skip
+    text = text.replace("self.places(ids)", rows)
+    after, report = upgraded(tmp_path, text, rule)
+    assert after == text
+    assert any(site.status.value == "refused" for site in report.sites), report.sites
+
+
 def test_layers_that_are_run_in_parts_of_unknown_size_are_seen(tmp_path: Path) -> None:
     by_parts = (
         program("self.decoder = Decoder()", CALL)
